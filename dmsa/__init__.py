@@ -1,0 +1,1 @@
+"""DMSA: unsupervised semantic segmentation by dilated multi-scale attention."""

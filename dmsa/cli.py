@@ -1,0 +1,56 @@
+"""The ``dmsa`` command: one table of subcommands, each implemented (and imported) in its own module."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+COMMANDS = {
+    "doctor": (
+        "dmsa.data.doctor",
+        "look at a data root: what is there, what is missing, where it comes from",
+    ),
+    "prepare": ("dmsa.data.prepare", "unpack the official archives into the expected layout"),
+    "pretrain": ("dmsa.pretrain", "make a backbone for people without DINO weights"),
+    "eval": ("dmsa.engine.evaluate", "score a checkpoint, or a folder of predicted masks of any method"),
+    "predict": ("dmsa.engine.predict", "segment images with a checkpoint: palette PNGs and overlays"),
+    "export": ("dmsa.engine.export", "write a checkpoint's segmenter for deployment"),
+    "ablate": ("dmsa.engine.ablate", "run the paper's ablation on the embedded set"),
+}
+
+
+def usage() -> str:
+    """Return the text of ``dmsa --help``."""
+    width = max(map(len, COMMANDS))
+    rows = "\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items())
+    return (
+        "usage: dmsa COMMAND [OPTIONS]\n\n"
+        "Unsupervised semantic segmentation with DMSA. Training is `python train.py`.\n\n"
+        f"commands:\n{rows}\n\n"
+        "`dmsa COMMAND --help` describes a command's options; `dmsa --version` prints the version."
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run ``dmsa`` with ``argv`` (default: the process's arguments) and return the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    if argv[0] == "--version":
+        from dmsa_kernels import __version__
+
+        print(f"dmsa {__version__}")
+        return 0
+    if argv[0] not in COMMANDS:
+        import difflib
+
+        near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        print(f"dmsa: unknown command {argv[0]!r}{hint}\n\n{usage()}", file=sys.stderr)
+        return 2
+    return importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:]) or 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Data sets; every one yields the same sample dict."""

@@ -1,0 +1,1 @@
+"""From pixels to the pseudo label: feature bank, clustering, CAM, fusion."""

@@ -1,0 +1,1 @@
+"""Encoder, ASPP, decoder, segmenter and teacher."""

@@ -1,0 +1,1 @@
+"""Multi-dilation depthwise convolution and DepthwiseASPP."""

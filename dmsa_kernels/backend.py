@@ -1,0 +1,68 @@
+"""Which implementation runs, and why not another one.
+
+Three backends compute every operator: ``triton`` (CUDA and ROCm devices, or the CPU through Triton's
+interpreter), ``eager`` (plain PyTorch, fast, any device and dtype) and ``reference`` (the definition, slow).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("auto", "triton", "eager", "reference")
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@functools.cache
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
+
+
+def why_not_triton(*tensors: Tensor) -> str | None:
+    """Return the reason the Triton kernels cannot take ``tensors``, or ``None`` when they can.
+
+    Args:
+        tensors: the operator's tensor arguments, any shape. Without tensors, asks about the installation alone.
+    """
+    if not _triton_installed():
+        return "triton is not installed (pip install triton)"
+    for tensor in tensors:
+        if tensor.device.type == "cpu" and not _interpreting():
+            return "tensors are on the CPU (move them to a GPU, or set TRITON_INTERPRET=1 to debug the kernels)"
+        if tensor.device.type not in ("cpu", "cuda"):
+            return f"tensors are on {tensor.device.type!r}; the kernels run on CUDA and ROCm devices"
+        if tensor.is_floating_point() and tensor.dtype not in TRITON_DTYPES:
+            return f"tensors are {tensor.dtype}; the kernels take float32, float16 and bfloat16"
+    return None
+
+
+def resolve(backend: str, *tensors: Tensor) -> str:
+    """Return the backend that runs: ``"triton"``, ``"eager"`` or ``"reference"``.
+
+    Args:
+        backend: ``"auto"`` takes Triton on GPU tensors and eager elsewhere; any other name is that backend or an error.
+        tensors: the operator's tensor arguments.
+
+    Raises:
+        ValueError: ``backend`` is not one of :data:`BACKENDS`.
+        RuntimeError: ``backend="triton"`` and the kernels cannot take the tensors; the message is the reason.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"{backend=} is not one of {', '.join(BACKENDS)}")
+    if backend in ("eager", "reference"):
+        return backend
+    reason = why_not_triton(*tensors)
+    if backend == "triton":
+        if reason is not None:
+            raise RuntimeError(f"backend='triton' cannot run: {reason}")
+        return "triton"
+    on_gpu = all(tensor.device.type == "cuda" for tensor in tensors)
+    return "triton" if reason is None and on_gpu and tensors else "eager"

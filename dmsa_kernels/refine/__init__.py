@@ -1,0 +1,1 @@
+"""Local-affinity refinement: PAR, PAMR and their kin."""
