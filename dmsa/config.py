@@ -1,9 +1,23 @@
-"""The configuration: frozen dataclasses, filled from defaults, then a preset file, then the command line."""
+"""The configuration: frozen dataclasses, filled from defaults, then a preset file, then the command line.
+
+`parse(argv)` is what `train.py` calls. A preset is a YAML file with only what differs from the defaults below; the
+ones that ship lie in `dmsa/presets`, and the `config.yaml` of a run folder is one too. `Config.to_yaml` and
+`Config.from_yaml` convert between a file and a checked `Config`.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+import sys
+import types
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+PRESET_FOLDER = Path(__file__).parent / "presets"
+DEFAULT_PRESET = "shapes"
 
 
 @dataclass(frozen=True)
@@ -123,11 +137,15 @@ class TrainConfig:
     teacher_interval: tuple[int, ...] = (5, 5, 5, 5, 4, 4, 4, 4, 4, 3)
     """Epochs between snapshots, indexed by epoch // 10; the last entry holds from there on."""
     eval_every: int = 1
-    """Evaluate every so many epochs."""
+    """Evaluate every so many epochs (and after the last one)."""
+    log_every: int = 10
+    """Read the losses back, check them and log them every so many steps."""
+    panels: int = 4
+    """Validation images drawn as panels after every evaluation."""
     keep_checkpoints: int = 2
     """Checkpoints kept besides the best one."""
     checkpoint_minutes: float = 10.0
-    """Also write a checkpoint after so many minutes inside an epoch."""
+    """Also write a checkpoint after so many minutes inside an epoch, at the next logging step (0: at every one)."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Autocast of the networks; the refinement is fp32 inside in every case."""
     compile: bool = False
@@ -152,3 +170,284 @@ class Config:
     labels: LabelConfig = field(default_factory=LabelConfig)
     losses: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+
+    def to_yaml(self, path: str | Path | None = None) -> str:
+        """Return the configuration as YAML text, and write it to `path` if one is given."""
+        import yaml
+
+        text = yaml.safe_dump(to_dict(self), sort_keys=False, allow_unicode=True)
+        if path is not None:
+            Path(path).write_text(text, encoding="utf-8")
+        return text
+
+    @classmethod
+    def from_yaml(cls, source: str | Path) -> Config:
+        """Read a YAML file (or a preset by name), check it against the fields above and fill in the defaults.
+
+        Raises:
+            FileNotFoundError: there is no such file or preset; the message lists the presets.
+            ValueError: unknown key (the nearest one is suggested), or a value outside its choices.
+            TypeError: a value of the wrong type.
+        """
+        return load_preset(str(source))
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Return a dataclass as nested plain dicts and lists, as they stand in YAML files and checkpoints."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, (tuple, list)) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def from_dict(values: Mapping[str, Any], *, source: str = "the configuration", base: Config | None = None) -> Config:
+    """Build a checked `Config` from nested dicts; keys that are missing keep the value of `base` (or the default)."""
+    return _build(Config, values, base or Config(), "", source)
+
+
+def presets() -> dict[str, Path]:
+    """Return the presets that ship with the package: name to file."""
+    return {path.stem: path for path in sorted(PRESET_FOLDER.glob("*.yaml"))}
+
+
+def load_preset(name: str) -> Config:
+    """Return the preset called `name`, or the one in the YAML file at that path, over the defaults."""
+    import yaml
+
+    known = presets()
+    path = known.get(name, Path(name))
+    if name not in known and not path.is_file():
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise FileNotFoundError(
+            f"preset={name!r} is neither a preset nor a YAML file{hint}; the presets are {', '.join(known)}"
+        )
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a YAML file: {error}") from error
+    if values is not None and not isinstance(values, dict):
+        raise TypeError(f"{path} must hold a mapping of options, got {type(values).__name__}")
+    return from_dict(values or {}, source=str(path))
+
+
+def _build(cls: type, values: Mapping[str, Any], base: Any, prefix: str, source: str) -> Any:
+    hints = get_type_hints(cls)
+    changes = {}
+    for key, value in values.items():
+        where = f"{prefix}{key}"
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=1)
+            hint = f"; did you mean {prefix}{near[0]}?" if near else f"; known here: {', '.join(hints)}"
+            raise ValueError(f"{source}: unknown option {where}{hint}")
+        if dataclasses.is_dataclass(hints[key]):
+            if not isinstance(value, Mapping):
+                raise TypeError(f"{source}: {where} must be a mapping of options, got {value!r}")
+            changes[key] = _build(hints[key], value, getattr(base, key), f"{where}.", source)
+        else:
+            changes[key] = _convert(value, hints[key], where, source)
+    return dataclasses.replace(base, **changes)
+
+
+def _convert(value: Any, kind: Any, where: str, source: str) -> Any:
+    """Check `value` against the type annotation `kind` and return it as that type."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        if value is None:
+            return None
+        (kind,) = (item for item in arguments if item is not type(None))
+        return _convert(value, kind, where, source)
+    if origin is Literal:
+        # YAML 1.1 reads a bare on / off as a truth value.
+        if isinstance(value, bool) and {"on", "off"} <= set(arguments):
+            value = "on" if value else "off"
+        if value not in arguments or type(value) not in {type(item) for item in arguments}:
+            near = difflib.get_close_matches(str(value), [str(item) for item in arguments], n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise ValueError(f"{source}: {where}={value!r} must be one of {', '.join(map(str, arguments))}{hint}")
+        return value
+    if origin is tuple:
+        variadic = len(arguments) == 2 and arguments[1] is Ellipsis
+        if not isinstance(value, (list, tuple)) or not (variadic or len(value) == len(arguments)):
+            expected = "a list" if variadic else f"a list of {len(arguments)}"
+            raise TypeError(f"{source}: {where}={value!r} must be {expected}")
+        kinds = [arguments[0]] * len(value) if variadic else arguments
+        items = zip(value, kinds, strict=True)
+        return tuple(_convert(item, item_kind, f"{where}[{i}]", source) for i, (item, item_kind) in enumerate(items))
+    if kind is float and not isinstance(value, bool):
+        # YAML 1.1 reads 1e-4, without a point, as text.
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            pass
+    elif type(value) is kind:
+        return value
+    raise TypeError(f"{source}: {where}={value!r} must be of type {kind.__name__}, got {type(value).__name__}")
+
+
+def resolve_method(config: Config) -> Config:
+    """Return `config` with the switches that `config.method` stands for.
+
+    `transfgu` is the baseline row of the paper's tables: no pyramid, no PAR, no segmentation loss. `dmsa_plus` scales
+    the rates to the grid; whatever else differs from the paper is the user's choice and is listed by `deviations`.
+    """
+    if config.method == "transfgu":
+        return dataclasses.replace(
+            config,
+            model=dataclasses.replace(config.model, aspp="off"),
+            labels=dataclasses.replace(config.labels, par="off"),
+            losses=dataclasses.replace(config.losses, seg=0.0),
+        )
+    if config.method == "dmsa_plus":
+        return dataclasses.replace(config, rates=dataclasses.replace(config.rates, grid_aware=True))
+    return config
+
+
+PAPER_SETTING = {
+    "model.encoder": "vit_small_patch8_224.dino",
+    "model.aspp": "mhsa",
+    "model.aspp_image_pooling": False,
+    "model.decoder_layers": 2,
+    "model.decoder_heads": 6,
+    "model.teacher": "snapshot",
+    "rates.epoch_base": 0,
+    "rates.eval_rates": "checkpoint",
+    "rates.grid_aware": False,
+    "labels.cam": "attention_grad",
+    "labels.par": "on",
+    "labels.par_dilations": [1, 2, 4, 8, 12, 24],
+    "labels.par_iterations": 10,
+    "labels.label_grid": "tokens",
+    "labels.background_threshold": 0.1,
+    "losses.seg": 0.1,
+    "losses.ce": 1.0,
+    "losses.un": 0.3,
+    "losses.cls": 1.0,
+    "train.lr": 1e-4,
+    "train.weight_decay": 5e-4,
+    "train.clip_value": 1.0,
+}
+"""What the paper's method is, option by option; `deviations` compares with it."""
+
+
+def deviations(config: Config) -> list[str]:
+    """Return what differs from the paper's method, as `option: value (paper: value)`, for the report."""
+    values = flatten(to_dict(config))
+    return [
+        f"{key}: {_show(values[key])} (paper: {_show(paper)})"
+        for key, paper in PAPER_SETTING.items()
+        if values[key] != paper
+    ]
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested options as one dict with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def differences(
+    before: Mapping[str, Any], now: Mapping[str, Any], *, ignore: Sequence[str] = (), labels: tuple[str, str]
+) -> list[str]:
+    """Return the options on which two configurations (as nested dicts) differ, with both values."""
+    a, b = flatten(before), flatten(now)
+    missing = object()
+    return [
+        f"{key}: {_show(a[key]) if key in a else 'not set'} {labels[0]}, "
+        f"{_show(b[key]) if key in b else 'not set'} {labels[1]}"
+        for key in dict.fromkeys([*a, *b])
+        if key not in ignore and a.get(key, missing) != b.get(key, missing)
+    ]
+
+
+def _show(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def validate(config: Config) -> None:
+    """Check the values that a type cannot express.
+
+    Raises:
+        ValueError: names the option and its value, and says what was expected.
+    """
+    flat = flatten(to_dict(config))
+
+    def require(key: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise ValueError(f"{key}={_show(flat[key])} must be {expected}")
+
+    positive = ["data.size", "data.crop", "data.repeat", "data.train_images", "data.val_images", "labels.bank_images"]
+    positive += ["model.decoder_layers", "model.decoder_heads", "train.epochs", "train.batch", "train.micro_batch"]
+    positive += ["train.eval_every", "train.log_every", "train.keep_checkpoints"]
+    for key in positive:
+        require(key, flat[key] is None or flat[key] >= 1, "at least 1")
+    for key in ("data.workers", "labels.par_iterations", "train.panels", "train.teacher_start", "train.seed"):
+        require(key, flat[key] >= 0, "at least 0")
+    weights = [f"losses.{name}" for name in to_dict(config.losses)]
+    for key in ("train.weight_decay", "train.checkpoint_minutes", *weights):
+        require(key, 0 <= flat[key] < float("inf"), "a number that is not negative")
+    for key in ("train.lr", "train.clip_value"):
+        require(key, 0 < flat[key] < float("inf"), "a positive number")
+    low, high = config.data.crop_scale
+    require("data.crop_scale", 0 < low <= high <= 1, "two fractions, 0 < low <= high <= 1")
+    require("data.crop", config.data.crop <= config.data.size, f"at most data.size={config.data.size}")
+    require("model.ema_momentum", 0 <= config.model.ema_momentum < 1, "in [0, 1)")
+    for key in ("train.teacher_interval", "labels.par_dilations", "rates.fixed_rates"):
+        require(key, len(flat[key]) > 0 and min(flat[key]) >= 1, "one or more integers of at least 1")
+    require(
+        "labels.bank_scales",
+        len(flat["labels.bank_scales"]) > 0 and all(0 < scale <= 1 for scale in flat["labels.bank_scales"]),
+        "one or more fractions in (0, 1]",
+    )
+
+
+@dataclass(frozen=True)
+class _CommandLine(Config):
+    preset: str = DEFAULT_PRESET
+    """Preset by name (shapes, voc, voc_aug, coco80, coco_stuff27) or YAML file, such as a run folder's config.yaml."""
+
+
+def parse(argv: Sequence[str] | None = None, *, prog: str = "train.py", description: str = "") -> Config:
+    """Merge defaults, preset and command line into a checked `Config`.
+
+    Every field is an option: `--train.lr 3e-4`. The dot may be written as a hyphen (`--data-root`). A misspelt option,
+    a value of the wrong type and `--help` end the process, as command lines do.
+
+    Args:
+        argv: arguments without the program's name; the process's own if None.
+        prog: name shown by `--help`.
+        description: text shown above the options.
+
+    Raises:
+        FileNotFoundError, ValueError, TypeError: from the preset or from `validate`, naming the option.
+    """
+    import tyro
+
+    argv = list(sys.argv[1:] if argv is None else argv)
+    spelling = {f"--{key}".replace("_", "-").replace(".", "-"): f"--{key}" for key in flatten(to_dict(Config()))}
+    for position, word in enumerate(argv):
+        if word.startswith("--"):
+            name, equals, value = word.partition("=")
+            argv[position] = spelling.get(name.replace("_", "-"), name) + equals + value
+    preset = DEFAULT_PRESET
+    for position, word in enumerate(argv):
+        if word == "--preset" and position + 1 < len(argv):
+            preset = argv[position + 1]
+        elif word.startswith("--preset="):
+            preset = word.partition("=")[2]
+    base = load_preset(preset)
+    fields = {item.name: getattr(base, item.name) for item in dataclasses.fields(Config)}
+    line = tyro.cli(
+        _CommandLine, args=argv, prog=prog, description=description, default=_CommandLine(**fields, preset=preset)
+    )
+    config = resolve_method(Config(**{name: getattr(line, name) for name in fields}))
+    validate(config)
+    return config
