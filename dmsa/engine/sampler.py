@@ -1,0 +1,76 @@
+"""Which images each process gets in each step: reshuffled every epoch, resumable inside one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import Sampler
+
+
+class EpochBatches(Sampler[list[int]]):
+    """Batches of one process. All processes draw the same permutation and take their part of every global batch.
+
+    The permutation depends on `seed` and the epoch alone, so the images of a step do not depend on the number of
+    processes, and an epoch can be entered at any step. The images that do not fill a last batch are left out (others
+    in every epoch).
+
+    Args:
+        length: number of samples of the data set.
+        batch: images of a step over all processes.
+        seed: seed of the permutations.
+        rank: number of this process.
+        world_size: number of processes.
+
+    Raises:
+        ValueError: the processes do not divide the batch, or there are fewer samples than a batch.
+    """
+
+    def __init__(self, length: int, batch: int, *, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
+        if batch % world_size:
+            smaller, larger = batch // world_size * world_size, -(-batch // world_size) * world_size
+            raise ValueError(
+                f"train.batch={batch} cannot be shared by {world_size} processes; it is the number of images over all "
+                f"of them: choose a multiple, such as {smaller or larger} or {larger}"
+            )
+        if length < batch:
+            raise ValueError(
+                f"train.batch={batch} is more than the {length} training samples of an epoch; choose a smaller batch, "
+                "more images, or a larger data.repeat"
+            )
+        self.length, self.batch, self.seed = length, batch, seed
+        self.rank, self.world_size = rank, world_size
+        self.epoch, self.start = 0, 0
+
+    @property
+    def steps(self) -> int:
+        """Steps of a whole epoch."""
+        return self.length // self.batch
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the epoch, and the step in it to begin with."""
+        self.epoch, self.start = epoch, start
+
+    def permutation(self) -> torch.Tensor:
+        """Return the order of all samples in this epoch, int64 `[length]`."""
+        generator = torch.Generator().manual_seed(mix(self.seed, self.epoch))
+        return torch.randperm(self.length, generator=generator)
+
+    def __len__(self) -> int:
+        return self.steps - self.start
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = self.permutation()
+        share = self.batch // self.world_size
+        for step in range(self.start, self.steps):
+            begin = step * self.batch + self.rank * share
+            yield order[begin : begin + share].tolist()
+
+
+def mix(seed: int, number: int) -> int:
+    """Return a seed for the pair, so that neighbouring seeds and numbers share no stream (splitmix64's finaliser)."""
+    mask = 2**64 - 1
+    value = (seed * 0x9E3779B97F4A7C15 + number + 1) & mask
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & mask
+    return (value ^ (value >> 31)) >> 1
