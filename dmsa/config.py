@@ -40,6 +40,8 @@ class DataConfig:
     """Use only this many training images (`shapes`: how many are drawn); all if unset."""
     val_images: int | None = None
     """Use only this many validation images (`shapes`: how many are drawn); all if unset."""
+    classes: int = 27
+    """Number of classes of a `folder` that has neither masks nor `classes.txt`."""
     workers: int = 2
     """Data-loader worker processes of every rank."""
 

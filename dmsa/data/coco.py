@@ -1,0 +1,240 @@
+"""COCO 2017 as COCO-80 (things and background) and as COCO-Stuff-27 (12 groups of things, 15 of stuff).
+
+Expected below the root: images in `train2017/` and `val2017/` (or in `images/`), `annotations/instances_*.json`, and
+COCO-Stuff's PNG maps in `stuffthingmaps/{train,val}2017/` (or in `annotations/{train,val}2017/`). COCO-80 does
+without the maps: the polygons and run lengths of the instances are drawn, crowd regions become 255.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from dmsa.config import DataConfig
+from dmsa.data.base import (
+    IGNORE,
+    SegmentationData,
+    file_names,
+    label_lookup,
+    map_label,
+    read_list,
+    read_mask,
+    require_files,
+    table,
+    thin,
+)
+from dmsa.data.transforms import TrainTransform, ValTransform
+
+IMAGE_SOURCE = "Get {split}.zip from cocodataset.org/#download, then run `dmsa prepare --name {name}`"
+MAP_SOURCE = (
+    "Get stuffthingmaps_trainval2017.zip (COCO-Stuff, github.com/nightrome/cocostuff), "
+    "then run `dmsa prepare --name {name}`"
+)
+INSTANCE_SOURCE = (
+    "Get annotations_trainval2017.zip from cocodataset.org/#download, then run `dmsa prepare --name {name}`"
+)
+CURATED_FILE = "Coco164kFull_Stuff_Coarse_7.txt"  # the name under which IIC, PiCIE and STEGO share the list
+CURATED_MIN_SIDE = 360
+CURATED_STUFF = 0.75
+FIRST_STUFF = 91  # COCO-Stuff ids below are things
+
+
+def image_folder(root: Path, split: str) -> Path:
+    """Return the folder of the images of `split` (`train2017`, `val2017`)."""
+    return next((f for f in (root / "images" / split, root / split) if f.is_dir()), root / split)
+
+
+def map_folder(root: Path, split: str) -> Path:
+    """Return the folder of COCO-Stuff's PNG maps of `split`."""
+    folders = (root / "stuffthingmaps" / split, root / "annotations" / split)
+    return next((f for f in folders if f.is_dir()), folders[0])
+
+
+def curated_file(root: Path, split: str) -> Path:
+    """Return the file of the curated list of `split`."""
+    return root / "curated" / split / CURATED_FILE
+
+
+def is_curated(ids: np.ndarray) -> bool:
+    """Tell whether a COCO-Stuff map belongs to the curated split: min side >= 360 and >= 75 % stuff pixels.
+
+    The rule of IIC (xu-ji/IIC, `coco164k_prepare.py`), which PiCIE and STEGO took over; unlabelled pixels count in
+    the denominator.
+
+    Args:
+        ids: uint8 `[H, W]`, COCO-Stuff ids 0..181 and 255.
+    """
+    if min(ids.shape) < CURATED_MIN_SIDE:
+        return False
+    stuff = np.count_nonzero((ids >= FIRST_STUFF) & (ids != IGNORE))
+    return stuff >= CURATED_STUFF * ids.size
+
+
+class Instances:
+    """The outlines in an `instances_*.json`, packed into arrays (workers share them; objects would be copied).
+
+    Args:
+        path: the file.
+        category_ids: COCO category id -> class id.
+
+    Raises:
+        FileNotFoundError: the file is not there.
+        ValueError: it is not a COCO annotation file, or has categories that `category_ids` lacks.
+    """
+
+    def __init__(self, path: Path, category_ids: dict[int, int]) -> None:
+        self.path = path
+        try:
+            content = json.loads(path.read_bytes())
+            images, annotations = content["images"], content["annotations"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not a COCO annotation file: {type(error).__name__}: {error}") from error
+        unknown = sorted({a["category_id"] for a in annotations} - set(category_ids))
+        if unknown:
+            raise ValueError(f"{path} has categories outside the table: {unknown}; expected COCO's 80 category ids")
+        images = sorted(images, key=lambda image: image["file_name"])
+        self.names = [Path(image["file_name"]).stem for image in images]
+        self.sizes = np.array([(i["height"], i["width"]) for i in images], dtype=np.int32).reshape(-1, 2)
+        order = {image["id"]: i for i, image in enumerate(images)}
+        # Large regions are drawn first, so that what lies on them stays visible; crowds come before all instances.
+        annotations = [a for a in annotations if a["image_id"] in order and a.get("segmentation")]
+        annotations.sort(key=lambda a: (order[a["image_id"]], not a.get("iscrowd", 0), -a.get("area", 0), a["id"]))
+        rows = np.array([order[a["image_id"]] for a in annotations], dtype=np.int64)
+        self._first = np.searchsorted(rows, np.arange(len(images) + 1))
+        self._class = np.array(
+            [IGNORE if a.get("iscrowd", 0) else category_ids[a["category_id"]] for a in annotations], dtype=np.uint8
+        )
+        outlines = [json.dumps(a["segmentation"], separators=(",", ":")).encode() for a in annotations]
+        self._offset = np.concatenate([[0], np.cumsum([len(o) for o in outlines], dtype=np.int64)]).astype(np.int64)
+        self._outlines = np.frombuffer(b"".join(outlines), dtype=np.uint8)
+
+    def draw(self, index: int) -> np.ndarray:
+        """Return the label of image `index`, uint8 `[H, W]`: 0 = background, 255 = crowd where no instance is."""
+        from pycocotools import mask as coco_mask
+
+        height, width = self.sizes[index].tolist()
+        label = np.zeros((height, width), dtype=np.uint8)
+        for i in range(self._first[index], self._first[index + 1]):
+            outline = json.loads(self._outlines[self._offset[i] : self._offset[i + 1]].tobytes())
+            if isinstance(outline, list):
+                region = coco_mask.merge(coco_mask.frPyObjects(outline, height, width))
+            elif isinstance(outline["counts"], list):
+                region = coco_mask.frPyObjects(outline, height, width)
+            else:
+                region = outline
+            label[coco_mask.decode(region) != 0] = self._class[i]
+        return label
+
+
+class Coco(SegmentationData):
+    """COCO-80 (`name="coco80"`) or COCO-Stuff-27 (`"coco_stuff27"`) on the images of COCO 2017.
+
+    Labels come from COCO-Stuff's PNG maps, as in TransFGU. COCO-80 without maps draws `instances_*.json`.
+
+    Args:
+        config: `name`, `root`, `repeat`, `train_images`, `val_images` and what the transforms use.
+        split: `train` (118,287 images) or `val` (5,000).
+        seed: seed of the augmentation.
+        labels: `maps`, `instances` (COCO-80 only), or `auto`: maps where there is a folder of them.
+
+    Raises:
+        ValueError: no root, or `labels` is unknown.
+        FileNotFoundError: images or labels are missing. A training split may do without any labels.
+    """
+
+    def __init__(self, config: DataConfig, split: str, seed: int = 0, labels: str = "auto") -> None:
+        if config.root is None:
+            source = IMAGE_SOURCE.format(split="val2017", name=config.name)
+            raise ValueError(f"data set {config.name!r} needs a folder, got {config.root=}. {source}")
+        if labels not in (("auto", "maps", "instances") if config.name == "coco80" else ("auto", "maps")):
+            raise ValueError(f"{config.name} has no labels of this kind, got {labels=}; expected 'auto' or 'maps'")
+        self.root = Path(config.root)
+        self.year_split = f"{split}2017"
+        self._images = image_folder(self.root, self.year_split)
+        self._maps = map_folder(self.root, self.year_split)
+        image_source = IMAGE_SOURCE.format(split=self.year_split, name=config.name)
+        map_source = MAP_SOURCE.format(name=config.name)
+        files = file_names(self._images)
+        names = sorted(Path(f).stem for f in files if f.endswith(".jpg"))
+        if not names:
+            raise FileNotFoundError(f"no .jpg images in {self._images}. {image_source}")
+        classes = table(config.name)
+        json_file = self.root / "annotations" / f"instances_{self.year_split}.json"
+        self._instances: Instances | None = None
+        if labels == "auto" and config.name == "coco80" and not self._maps.is_dir() and json_file.is_file():
+            labels = "instances"
+        limit = config.train_images if split == "train" else config.val_images
+        if labels == "instances":
+            if not json_file.is_file():
+                raise FileNotFoundError(f"{json_file} is missing. {INSTANCE_SOURCE.format(name=config.name)}")
+            ids = {int(k): v for k, v in classes["category_id_to_contiguous"].items()}
+            self._instances = Instances(json_file, ids)
+            names = thin(self._instances.names, limit)
+            self._row = {name: i for i, name in enumerate(self._instances.names)}
+            labels_from = json_file.name
+            require_files(
+                f"images of {config.name} {split}", [f"{n}.jpg" for n in names], files, self._images, image_source
+            )
+        elif split == "train" and labels == "auto" and not self._maps.is_dir():
+            names = thin(names, limit)
+            labels_from = None
+        else:
+            names = thin(names, limit)
+            maps = file_names(self._maps)
+            wanted = [f"{n}.png" for n in names]
+            hint = map_source
+            if config.name == "coco80" and not maps:
+                hint = f"{map_source}; or {INSTANCE_SOURCE.format(name=config.name)}"
+            require_files(f"label maps of {config.name} {split}", wanted, maps, self._maps, hint)
+            # An image that was lost would otherwise vanish from the list, and from the score, without a word.
+            extra = [f"{Path(m).stem}.jpg" for m in sorted(maps) if m.endswith(".png")] if limit is None else []
+            require_files(f"images of {config.name} {split}", extra, files, self._images, image_source)
+            labels_from = f"{self._maps.parent.name}/{self.year_split}"
+        if config.name == "coco80":
+            mapping = {int(k): v for k, v in classes["stuffthingmap_id_to_contiguous"].items()}
+            names_of_classes, n_things, things_only = classes["names"], 80, True
+        else:
+            mapping = {int(k): v for k, v in classes["fine_to_coarse"].items()}
+            names_of_classes, things_only = classes["coarse"], False
+            n_things = sum(name.endswith("-things") for name in names_of_classes)
+        self._lut = label_lookup(mapping)
+        super().__init__(
+            name=config.name,
+            split=split,
+            classes=names_of_classes,
+            n_things=n_things,
+            things_only=things_only,
+            names=names,
+            transform=TrainTransform(config, seed) if split == "train" else ValTransform(config),
+            labels_from=labels_from,
+            repeat=config.repeat if split == "train" else 1,
+        )
+
+    def image_path(self, index: int) -> Path:
+        return self._images / f"{self.image_name(index)}.jpg"
+
+    def read_label(self, index: int) -> np.ndarray | None:
+        if self.labels_from is None:
+            return None
+        name = self.image_name(index)
+        if self._instances is not None:
+            return self._instances.draw(self._row[name])
+        path = self._maps / f"{name}.png"
+        return map_label(read_mask(path), self._lut, path)
+
+    def curated(self) -> list[int] | None:
+        """Return the images of this split that are on the curated list.
+
+        Raises:
+            FileNotFoundError: the list has not been made.
+            ValueError: it names images that this split does not have.
+        """
+        path = curated_file(self.root, self.year_split)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"the curated list {path} is missing; `dmsa prepare --name {self.name}` makes it from the label maps"
+            )
+        order = {self.image_name(i): i for i in range(self.images)}
+        return [order[name] for name in read_list(path) if name in order]
