@@ -1,0 +1,111 @@
+"""Multi-dilation depthwise convolution: the public functions and their contract."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dmsa_kernels.aspp import ops
+from dmsa_kernels.backend import BACKENDS
+
+KERNEL_SIZES = (3, 5, 7)
+REDUCTIONS = ("stack", "concat", "sum")
+
+
+def multi_dilation_dwconv(
+    x: Tensor,
+    weight: Tensor,
+    dilations: Sequence[int],
+    bias: Tensor | None = None,
+    reduce: str = "stack",
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Convolve every channel of one map with R small filters, each at its own dilation, in one pass over the map.
+
+    ``y_r(b, c, q) = bias[r, c] + sum_ij weight[r, c, i, j] * x(b, c, q + dilations[r] * (i - k // 2, j - k // 2))``,
+    with zeros outside the map: R times ``F.conv2d(x, weight[r, :, None], bias[r], padding=d * (k // 2), dilation=d,
+    groups=C)``. This is the atrous part of a separable ASPP head (DeepLabV3+, DAFormer).
+
+    Args:
+        x: ``[B, C, H, W]``, float32, float16 or bfloat16 (float64 on the eager and reference backends), any strides.
+            Tokens ``[B, H * W, C]`` enter without a copy as ``tokens.transpose(1, 2).unflatten(2, (H, W))``.
+        weight: ``[R, C, k, k]``, one filter a branch and channel, k in 3, 5, 7, the dtype and device of ``x``.
+        dilations: R positive integers, in pixels. They may exceed the map: taps that fall outside read zero.
+        bias: ``[R, C]`` or ``None``.
+        reduce: ``"stack"`` returns the branches ``[B, R, C, H, W]``, ``"concat"`` joins them along the channels,
+            branch after branch, ``[B, R * C, H, W]``, ``"sum"`` adds them up, ``[B, C, H, W]``.
+        backend: ``"auto"``, ``"triton"``, ``"eager"`` or ``"reference"``.
+
+    Returns:
+        The branches in the dtype of ``x`` (under autocast, the autocast dtype), accumulated in float32 (float64 for
+        float64), in the memory layout of ``x``: channels first, or channels last where the channels of ``x`` lie
+        next to one another in memory.
+
+    Differentiable once in ``x``, ``weight`` and ``bias``; the gradients are deterministic.
+
+    Raises:
+        TypeError: an argument is not a floating-point tensor, or the dtypes differ outside autocast.
+        ValueError: a shape, a dilation, ``reduce`` or ``backend`` is out of range, or the devices differ.
+        RuntimeError: ``backend="triton"`` and the kernels cannot run; the message says why.
+    """
+    dilations = list(dilations)
+    check_arguments(x, weight, dilations, bias)
+    if reduce not in REDUCTIONS:
+        raise ValueError(f"{reduce=} is not one of {', '.join(REDUCTIONS)}")
+    if backend not in BACKENDS:
+        raise ValueError(f"{backend=} is not one of {', '.join(BACKENDS)}")
+    out = ops.multi_dilation_dwconv(x, weight, bias, dilations, "sum" if reduce == "sum" else "concat", backend)
+    if reduce == "stack":
+        return out.unflatten(1, (weight.shape[0], weight.shape[1]))  # [B, R, C, H, W]
+    return out
+
+
+def check_arguments(x: Tensor, weight: Tensor, dilations: Sequence[int], bias: Tensor | None) -> None:
+    """Raise the error that names the first argument of :func:`multi_dilation_dwconv` that is out of its contract."""
+    named = {"x": x, "weight": weight}
+    if bias is not None:
+        named["bias"] = bias
+    for name, tensor in named.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name}.dtype={tensor.dtype}, expected a floating-point dtype")
+    if x.dim() != 4:
+        raise ValueError(
+            f"{x.shape=}, expected [B, C, H, W] (tokens: tokens.transpose(1, 2).unflatten(2, (H, W)) is such a view)"
+        )
+    channels, height, width = x.shape[1:]
+    if channels == 0 or height == 0 or width == 0:
+        raise ValueError(f"{x.shape=}, expected at least one channel, row and column")
+    if weight.dim() != 4 or weight.shape[2] != weight.shape[3] or weight.shape[2] not in KERNEL_SIZES:
+        raise ValueError(f"{weight.shape=}, expected [R, C, k, k] with k one of {KERNEL_SIZES}")
+    if weight.shape[1] != channels:
+        raise ValueError(f"{weight.shape=}, expected the {channels} channels of x ({x.shape=}) in dimension 1")
+    branches = weight.shape[0]
+    if branches == 0:
+        raise ValueError(f"{weight.shape=}, expected at least one branch")
+    if bias is not None and bias.shape != (branches, channels):
+        raise ValueError(f"{bias.shape=}, expected [R, C] = [{branches}, {channels}]")
+    check_dilations(dilations, branches)
+    autocast = torch.is_autocast_enabled(x.device.type)
+    for name, tensor in named.items():
+        if tensor.device != x.device:
+            raise ValueError(f"{name}.device={tensor.device}, expected the device of x, {x.device}")
+        # Autocast brings every dtype but float64 to its own.
+        casts = autocast and torch.float64 not in (tensor.dtype, x.dtype)
+        if tensor.dtype != x.dtype and not casts:
+            raise TypeError(f"{name}.dtype={tensor.dtype}, expected the dtype of x, {x.dtype}")
+
+
+def check_dilations(dilations: Sequence[int], branches: int) -> None:
+    """Raise unless ``dilations`` holds ``branches`` positive integers."""
+    if len(dilations) != branches:
+        raise ValueError(f"{dilations=} has {len(dilations)} entries, expected one for each of the {branches} branches")
+    for dilation in dilations:
+        if isinstance(dilation, bool) or not isinstance(dilation, (int, torch.SymInt)):
+            raise TypeError(f"{dilations=}, expected integers, got {type(dilation).__name__}")
+        if dilation < 1:
+            raise ValueError(f"{dilations=}, expected dilations of at least 1")

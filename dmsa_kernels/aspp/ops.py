@@ -1,0 +1,116 @@
+"""The registered operators: schemas, fakes, autograd and autocast. Triton is imported inside the operator bodies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from dmsa_kernels.aspp.layout import empty_map
+from dmsa_kernels.backend import resolve
+
+_LIBRARY = torch.library.Library("dmsa_kernels", "FRAGMENT")
+
+
+def _implementation(backend: str) -> ModuleType:
+    if backend == "reference":
+        from dmsa_kernels.aspp import reference
+
+        return reference
+    from dmsa_kernels.aspp import eager
+
+    return eager
+
+
+@torch.library.custom_op(
+    "dmsa_kernels::multi_dilation_dwconv",
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor? bias, SymInt[] dilations, str reduce, str backend) -> Tensor",
+)
+def multi_dilation_dwconv(x, weight, bias, dilations, reduce, backend):
+    """Compute the branches ``[B, R * C, H, W]`` (``reduce="concat"``) or their sum ``[B, C, H, W]`` (``"sum"``)."""
+    name = resolve(backend, *(tensor for tensor in (x, weight, bias) if tensor is not None))
+    if name == "triton":
+        from dmsa_kernels.aspp.triton import forward
+
+        return forward.multi_dilation_dwconv(x, weight, bias, dilations, reduce)
+    return _implementation(name).multi_dilation_dwconv(x, weight, bias, dilations, reduce)
+
+
+@multi_dilation_dwconv.register_fake
+def _(x, weight, bias, dilations, reduce, backend):
+    return empty_map(x, x.shape[1] * (1 if reduce == "sum" else weight.shape[0]))
+
+
+@torch.library.custom_op(
+    "dmsa_kernels::multi_dilation_dwconv_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor x, Tensor weight, SymInt[] dilations, str reduce, bool need_x, bool need_weight, "
+    "bool need_bias, str backend) -> (Tensor, Tensor, Tensor)",
+)
+def multi_dilation_dwconv_backward(grad, x, weight, dilations, reduce, need_x, need_weight, need_bias, backend):
+    """Compute the gradients of x, weight and bias; one that is not needed comes back empty, of shape ``[0]``."""
+    name = resolve(backend, grad, x, weight)
+    if name == "triton":
+        from dmsa_kernels.aspp.triton import backward
+
+        module = backward
+    else:
+        module = _implementation(name)
+    return module.multi_dilation_dwconv_backward(
+        grad, x, weight, dilations, reduce, need_x=need_x, need_weight=need_weight, need_bias=need_bias
+    )
+
+
+@multi_dilation_dwconv_backward.register_fake
+def _(grad, x, weight, dilations, reduce, need_x, need_weight, need_bias, backend):
+    grad_x = empty_map(x, x.shape[1]) if need_x else x.new_empty(0)
+    grad_weight = weight.new_empty(weight.shape) if need_weight else weight.new_empty(0)
+    grad_bias = weight.new_empty(weight.shape[:2]) if need_bias else weight.new_empty(0)
+    return grad_x, grad_weight, grad_bias
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, _, dilations, reduce, backend = inputs
+    ctx.save_for_backward(x, weight)
+    ctx.dilations, ctx.reduce, ctx.backend = dilations, reduce, backend
+
+
+def _backward(ctx, grad):
+    x, weight = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:3]
+    grads = multi_dilation_dwconv_backward(grad, x, weight, ctx.dilations, ctx.reduce, *needs, ctx.backend)
+    return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None
+
+
+def _no_double_backward(ctx, *grads):
+    raise RuntimeError("the multi-dilation depthwise convolution is differentiable once: use create_graph=False")
+
+
+multi_dilation_dwconv.register_autograd(_backward, setup_context=_setup_context)
+multi_dilation_dwconv_backward.register_autograd(_no_double_backward)
+
+
+def _follow_autocast(operator: Callable[..., Tensor], name: str, device_type: str) -> None:
+    """Cast the floating-point arguments of ``operator`` to whatever dtype autocast runs in on ``device_type``."""
+    key = "Autocast" + {"cpu": "CPU", "cuda": "CUDA"}[device_type]
+    keyset = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def kernel(*args: object) -> Tensor:
+        dtype = torch.get_autocast_dtype(device_type)
+        with torch._C._ExcludeDispatchKeyGuard(keyset):
+            return operator(*(_cast(arg, dtype) for arg in args))
+
+    _LIBRARY.impl(name, kernel, key)
+
+
+def _cast(arg: object, dtype: torch.dtype) -> object:
+    # Double precision is a choice of the caller that autocast respects in every library operator.
+    lower = isinstance(arg, Tensor) and arg.is_floating_point() and arg.dtype != torch.float64
+    return arg.to(dtype) if lower else arg
+
+
+for _device_type in ("cpu", "cuda"):
+    _follow_autocast(multi_dilation_dwconv, "multi_dilation_dwconv", _device_type)
