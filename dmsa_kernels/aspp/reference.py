@@ -59,7 +59,7 @@ def multi_dilation_dwconv_backward(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of x ``[B, C, H, W]``, weight ``[R, C, k, k]`` and bias ``[R, C]``, each empty if unneeded."""
+    """Return the gradients of x ``[B, C, H, W]``, weight ``[R, C, k, k]`` and bias ``[R, C]``, ``[0]`` if unneeded."""
     dtype = _compute_dtype(x.dtype)
     source, filters, grad = x.to(dtype), weight.to(dtype), grad.to(dtype)
     channels = x.shape[1]
@@ -69,9 +69,11 @@ def multi_dilation_dwconv_backward(
     for r, dilation in enumerate(dilations):
         branch = grad if reduce == "sum" else grad[:, r * channels : (r + 1) * channels]  # [B, C, H, W]
         grad_bias[r] = branch.sum((0, 2, 3))
+        branch_x = torch.zeros_like(source)
         for i, j, dy, dx in _offsets(weight.shape[-1], dilation):
-            grad_x = grad_x + filters[r, :, i, j, None, None] * _shifted(branch, -dy, -dx)
+            branch_x = branch_x + filters[r, :, i, j, None, None] * _shifted(branch, -dy, -dx)
             grad_weight[r, :, i, j] = (branch * _shifted(source, dy, dx)).sum((0, 2, 3))
+        grad_x = grad_x + branch_x
     return (
         empty_map(x, channels).copy_(grad_x) if need_x else x.new_empty(0),
         grad_weight.to(weight.dtype) if need_weight else weight.new_empty(0),
