@@ -16,6 +16,7 @@ from torch import Tensor
 from dmsa_kernels.aspp.layout import Tap, empty_map, is_channels_last, taps
 
 TILE_ELEMENTS = 1 << 18  # 1 MiB of float32: the running sum of one tile stays in a core's second-level cache
+WIDE_SUM_ELEMENTS = 1 << 16  # below this, sums in float64 cost next to nothing
 
 
 def multi_dilation_dwconv(
@@ -52,7 +53,7 @@ def multi_dilation_dwconv_backward(
     if need_weight:
         grad_weight.copy_(_weight_gradient(grads, x, weight.shape[-1], dilations))
     if need_bias:
-        grad_bias.copy_(grad.sum((0, 2, 3), dtype=_sum_dtype(x.dtype)).view(-1, channels).expand(branches, channels))
+        grad_bias.copy_(grad.sum((0, 2, 3), dtype=torch.float64).view(-1, channels).expand(branches, channels))
     return grad_x, grad_weight, grad_bias
 
 
@@ -154,10 +155,14 @@ def _add_taps(source: Tensor, scales: Tensor, inside: Sequence[Tap], tile: _Tile
 
 
 def _weight_gradient(grads: Sequence[Tensor], x: Tensor, kernel_size: int, dilations: Sequence[int]) -> Tensor:
-    """Return ``[R, C, k, k]``: every tap's sum of gradient times shifted input, one partial sum a tile."""
+    """Return ``[R, C, k, k]`` in float64: every tap's sum of gradient times shifted input.
+
+    The partial sums of one plane of one tile are float32: those of few values, which may cancel, are float64.
+    """
     channels, height, width = x.shape[1:]
     dtype = _sum_dtype(x.dtype)
-    sums = x.new_zeros((len(dilations), kernel_size, kernel_size, channels), dtype=dtype)
+    partial_dtype = torch.float64 if x.numel() < WIDE_SUM_ELEMENTS else dtype
+    sums = x.new_zeros((len(dilations), kernel_size, kernel_size, channels), dtype=torch.float64)
     inside = {dilation: list(taps(kernel_size, dilation, height, width)) for dilation in dilations}
     for tile in _tiles(x):
         source = x[tile.images, tile.channels].to(dtype)
@@ -169,5 +174,5 @@ def _weight_gradient(grads: Sequence[Tensor], x: Tensor, kernel_size: int, dilat
                     continue
                 shifted = source[:, :, top + tap.dy : bottom + tap.dy, tap.left + tap.dx : tap.right + tap.dx]
                 product = block[:, :, top:bottom, tap.left : tap.right] * shifted
-                sums[r, tap.i, tap.j, tile.channels] += product.sum((0, 2, 3))
+                sums[r, tap.i, tap.j, tile.channels] += product.sum((2, 3), dtype=partial_dtype).sum(0)
     return sums.permute(0, 3, 1, 2)

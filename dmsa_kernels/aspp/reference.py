@@ -68,11 +68,11 @@ def multi_dilation_dwconv_backward(
     grad_bias = torch.zeros(weight.shape[:2], dtype=dtype, device=weight.device)
     for r, dilation in enumerate(dilations):
         branch = grad if reduce == "sum" else grad[:, r * channels : (r + 1) * channels]  # [B, C, H, W]
-        grad_bias[r] = branch.sum((0, 2, 3))
+        grad_bias[r] = branch.sum((0, 2, 3), dtype=torch.float64)
         branch_x = torch.zeros_like(source)
         for i, j, dy, dx in _offsets(weight.shape[-1], dilation):
             branch_x = branch_x + filters[r, :, i, j, None, None] * _shifted(branch, -dy, -dx)
-            grad_weight[r, :, i, j] = (branch * _shifted(source, dy, dx)).sum((0, 2, 3))
+            grad_weight[r, :, i, j] = (branch * _shifted(source, dy, dx)).sum((0, 2, 3), dtype=torch.float64)
         grad_x = grad_x + branch_x
     return (
         empty_map(x, channels).copy_(grad_x) if need_x else x.new_empty(0),
