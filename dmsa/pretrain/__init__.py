@@ -1,0 +1,190 @@
+"""``dmsa pretrain``: make a backbone without any labelled data, by formula or by self-distillation."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Make a backbone for people without DINO weights."""
+
+    recipe: Literal["formula", "dino"] = "formula"
+    """Procedural categories with free labels, or self-distillation on a folder of unlabelled images."""
+    out: str = "runs/pretrain"
+    """Run folder: checkpoint, metrics, encoder.safetensors, report.json. The same command again resumes."""
+    encoder: str = "shapes_vit_tiny"
+    """Any timm ViT by name, or `shapes_vit_tiny`."""
+    images: str | None = None
+    """Folder of images, searched recursively (recipe `dino`)."""
+    size: int = 56
+    """Side of the training pictures (or of the large crops) in pixels, a multiple of the patch size."""
+    steps: int = 8000
+    """Optimiser steps; more may be asked for when resuming."""
+    batch: int = 64
+    """Pictures a step."""
+    lr: float = 1.5e-3
+    """Peak learning rate of AdamW."""
+    weight_decay: float = 0.05
+    """Weight decay of matrices and kernels."""
+    cooldown: float = 0.25
+    """Share of the steps over which the rate falls to zero."""
+    categories: int = 400
+    """Number of procedural categories (recipe `formula`)."""
+    prototypes: int = 512
+    """Number of prototypes of the head (recipe `dino`)."""
+    local_crops: int = 4
+    """Small crops an image beside the two large ones (recipe `dino`)."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Autocast of the network."""
+    threads: int = 2
+    """CPU threads."""
+    checkpoint_minutes: float = 3.0
+    """Time between checkpoints."""
+    log_every: int = 50
+    """Steps between log lines."""
+    report_pictures: int = 120
+    """Pictures of `shapes` on which the report measures the features; 0 for no report."""
+    seed: int = 0
+    """Seed of categories, initial weights and every step."""
+    stop_after: int | None = None
+    """Stop (resumably) after so many steps of this process."""
+
+
+def build_backbone(name: str, size: int) -> nn.Module:
+    """An untrained timm vision transformer without a classifier.
+
+    Raises:
+        ValueError: Not a vision transformer that timm knows, or one without a class token; or a size that is no
+            multiple of its patches.
+    """
+    import timm
+    from timm.models.vision_transformer import VisionTransformer
+
+    if name == "shapes_vit_tiny":
+        from dmsa.weights import shapes_vit_tiny
+
+        vit = VisionTransformer(**shapes_vit_tiny()[0])
+    elif timm.is_model(name) and name.startswith(("vit_", "deit", "test_vit")):
+        vit = timm.create_model(name, pretrained=False, num_classes=0, dynamic_img_size=True, img_size=size)
+    else:
+        raise ValueError(f"encoder={name!r}: expected 'shapes_vit_tiny' or a vision transformer of timm (vit_*, deit*)")
+    if getattr(vit, "cls_token", None) is None:
+        raise ValueError(f"encoder={name!r} has no class token; the labels need one")
+    patch = vit.patch_embed.patch_size[0]
+    if size % patch:
+        raise ValueError(f"{size=}: expected a multiple of the patch size of {name}, {patch}")
+    return vit
+
+
+def save_encoder(vit: nn.Module, path: Path) -> None:
+    """Write the weights as fp16 safetensors (they load into fp32 parameters without a word)."""
+    from safetensors.torch import save_file
+
+    half = {key: value.detach().half().contiguous() for key, value in vit.state_dict().items()}
+    partial = path.with_name(path.name + ".partial")
+    save_file(half, partial)
+    partial.replace(path)
+
+
+def _formula(config: PretrainConfig, vit: nn.Module):
+    from dmsa.pretrain.formula import FormulaHead, draw_batch, draw_categories, formula_loss, targets
+    from dmsa.pretrain.quality import normalise
+
+    categories = draw_categories(config.categories, config.seed)
+    head = FormulaHead(vit.embed_dim, config.categories)
+    patch = vit.patch_embed.patch_size[0]
+    # Three sizes keep the attention and the positions usable on other grids than the training's.
+    sizes = sorted({max(patch, config.size * share // 4 // patch * patch) for share in (3, 4, 4, 5)})
+
+    def loss_of_step(step: int, generator: torch.Generator) -> dict[str, Tensor]:
+        size = sizes[int(torch.randint(len(sizes), (1,), generator=generator))]
+        images, owner = draw_batch(categories, config.batch, size, generator)
+        patches, shares = targets(owner, patch, config.categories)
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
+            tokens = vit.forward_features(normalise(images))
+        prefix = vit.num_prefix_tokens
+        tokens = torch.cat([tokens[:, :1], tokens[:, prefix:]], dim=1).float()
+        return formula_loss(head, tokens, patches, shares)
+
+    return nn.ModuleDict({"vit": vit, "head": head}), loss_of_step, lambda step: None
+
+
+def pretrain(config: PretrainConfig) -> dict[str, object]:
+    """Train, write ``encoder.safetensors`` and measure it.
+
+    Returns:
+        The report: settings, steps done, quality before and after (`dmsa.pretrain.quality.Quality`).
+
+    Raises:
+        ValueError: Settings that do not fit together, or a checkpoint of other settings.
+        FileNotFoundError: Recipe ``dino`` without a folder of images.
+    """
+    from dmsa.pretrain.loop import run
+    from dmsa.pretrain.quality import measure
+
+    for name in ("steps", "batch", "size", "threads", "log_every"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name}={getattr(config, name)}: expected at least 1")
+    torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    vit = build_backbone(config.encoder, config.size)
+    if config.recipe == "formula":
+        modules, loss_of_step, after_step = _formula(config, vit)
+    else:
+        from dmsa.pretrain.dino import build
+
+        modules, loss_of_step, after_step = build(config, vit)
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    free = {"out", "steps", "cooldown", "threads", "checkpoint_minutes", "log_every", "report_pictures", "stop_after"}
+    settings = {key: value for key, value in asdict(config).items() if key not in free}
+    report: dict[str, object] = {"settings": asdict(config)}
+    if config.report_pictures:
+        report["untrained"] = measure(vit, pictures=config.report_pictures).table()
+        print(f"untrained {report['untrained']}", flush=True)
+    figures: dict[str, float] = {}
+    modules.train()
+    for figures in run(
+        modules,
+        loss_of_step,
+        after_step,
+        out=out,
+        steps=config.steps,
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        cooldown=config.cooldown,
+        seed=config.seed,
+        settings=settings,
+        checkpoint_minutes=config.checkpoint_minutes,
+        log_every=config.log_every,
+        stop_after=config.stop_after,
+    ):
+        print(" ".join(f"{name} {value:g}" for name, value in figures.items()), flush=True)
+    save_encoder(vit, out / "encoder.safetensors")
+    report["last"] = figures
+    if config.report_pictures:
+        report["trained"] = measure(vit, pictures=config.report_pictures).table()
+        print(f"trained   {report['trained']}", flush=True)
+    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return report
+
+
+def main(argv: list[str]) -> int:
+    """``dmsa pretrain``: parse, train, report."""
+    import tyro
+
+    config = tyro.cli(PretrainConfig, args=argv, prog="dmsa pretrain", description=PretrainConfig.__doc__)
+    try:
+        pretrain(config)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"dmsa pretrain: {error}", file=sys.stderr)
+        return 1
+    return 0

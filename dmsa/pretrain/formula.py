@@ -1,0 +1,267 @@
+"""Formula-driven supervision: endless pictures of procedural categories, labelled for free.
+
+As in FractalDB (Kataoka et al. 2020) and Visual Atoms (Takashima et al. 2023) a network learns to tell categories
+that a formula makes up. Here a category is a texture (an operator on oblique gratings) inside a smooth, star-convex
+outline; every instance has its own angle, scale, phase, place and two colours. Pictures hold several instances on a
+cluttered background, so that the class token has to find the objects: it is trained to name the categories in the
+proportion of their visible areas, and every patch to name its own category or the background, by one shared cosine
+classifier. Class token and patches therefore live in one space.
+
+None of the textures and outlines of the data set ``shapes`` can be drawn: its gratings stand at right angles, while
+those of a category stand at 20 to 65 degrees (`ANGLE`); a single grating is no operator here; its outlines are discs
+and polygons, while these are Fourier curves with two harmonics of unequal order (`LOBES`, `AMPLITUDE`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+OPERATORS = ("product", "maximum", "minimum", "rings", "three_waves", "modulated", "patchwork")
+PERIOD = (5.0, 13.0)
+"""Periods of the gratings, in pixels."""
+ANGLE = (20.0, 65.0)
+"""Angle between two gratings of one texture, in degrees: never parallel, never perpendicular."""
+LOBES = (3, 7)
+"""Order of an outline's first harmonic; the second one is higher by one or two."""
+AMPLITUDE = (0.12, 0.3)
+"""Amplitude of an outline's harmonics, relative to its mean radius."""
+
+
+@dataclass(frozen=True)
+class Categories:
+    """Parameters of ``N`` categories; every field has ``N`` rows."""
+
+    operator: Tensor
+    """Index into `OPERATORS`, int64 ``[N]``."""
+    period: Tensor
+    """Periods of three gratings in pixels, ``[N, 3]``."""
+    angle: Tensor
+    """Directions of three gratings in radians, the first is 0, ``[N, 3]``."""
+    threshold: Tensor
+    """Value of the texture's field between its two colours, ``[N]``."""
+    hardness: Tensor
+    """Steepness of the step between the two colours, ``[N]``."""
+    depth: Tensor
+    """Depth of the modulation in radians, ``[N]``."""
+    lobes: Tensor
+    """Orders of the outline's two harmonics, ``[N, 2]``."""
+    amplitude: Tensor
+    """Amplitudes of the two harmonics, ``[N, 2]``."""
+    twist: Tensor
+    """Phase of the second harmonic in radians, ``[N]``."""
+
+    def __len__(self) -> int:
+        return len(self.operator)
+
+    def take(self, index: Tensor) -> Categories:
+        """The categories ``index`` (any shape) as another table of that shape."""
+        return Categories(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
+
+
+def draw_categories(count: int, seed: int) -> Categories:
+    """Draw ``count`` categories.
+
+    Raises:
+        ValueError: Fewer than two categories.
+    """
+    if count < 2:
+        raise ValueError(f"{count=}: expected at least 2 categories")
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(*shape, generator=generator)
+
+    first = torch.randint(LOBES[0], LOBES[1] + 1, (count,), generator=generator)
+    second = first + torch.randint(1, 3, (count,), generator=generator)
+    side = torch.randint(0, 2, (count,), generator=generator) * 2 - 1
+    turn = torch.deg2rad(uniform(*ANGLE, count, 2))
+    # The second grating stands at +-turn; the third beyond it, by another oblique angle.
+    angle = torch.stack([torch.zeros(count), side * turn[:, 0], -side * turn[:, 1]], dim=1)
+    return Categories(
+        operator=torch.arange(count) % len(OPERATORS),
+        period=uniform(*PERIOD, count, 3),
+        angle=angle,
+        threshold=uniform(-0.4, 0.4, count),
+        hardness=torch.where(torch.rand(count, generator=generator) < 0.35, 4.0, 20.0),
+        depth=uniform(1.0, 2.5, count),
+        lobes=torch.stack([first, second], dim=1),
+        amplitude=uniform(*AMPLITUDE, count, 2) * torch.tensor([1.0, 0.6]),
+        twist=uniform(0, 2 * math.pi, count),
+    )
+
+
+def outline(c: Categories, x: Tensor, y: Tensor) -> Tensor:
+    """Whether ``(x, y)``, in units of the mean radius, lies inside; ``c`` has shape ``[...]``, ``x`` ``[..., H, W]``."""
+    theta = torch.atan2(y, x)
+    lobes, amplitude = c.lobes[..., None, None, :].to(x.dtype), c.amplitude[..., None, None, :]
+    edge = (
+        1
+        + amplitude[..., 0] * torch.cos(lobes[..., 0] * theta)
+        + amplitude[..., 1] * torch.cos(lobes[..., 1] * theta + c.twist[..., None, None])
+    )
+    return x * x + y * y < edge * edge
+
+
+def texture(c: Categories, x: Tensor, y: Tensor, phase: Tensor) -> Tensor:
+    """Share of the second colour in [0, 1] at ``(x, y)`` in pixels, ``[..., H, W]``; ``phase`` ``[..., 3]`` in radians."""
+    wave = 2 * math.pi / c.period
+    cos, sin = (wave * torch.cos(c.angle))[..., None, None, :], (wave * torch.sin(c.angle))[..., None, None, :]
+    arguments = [x * cos[..., i] + y * sin[..., i] + phase[..., None, None, i] for i in range(3)]
+    a, b, d = (torch.sin(argument) for argument in arguments)
+    rings = torch.sin(torch.sqrt(x * x + y * y) * wave[..., None, None, 0] + phase[..., None, None, 0])
+    operator = c.operator[..., None, None]
+    field = torch.where(operator == 0, a * b, torch.maximum(a, b))
+    field = torch.where(operator == 2, torch.minimum(a, b), field)
+    field = torch.where(operator == 3, (rings + 0.6 * b) / 1.3, field)
+    field = torch.where(operator == 4, (a + b + d) / 1.6, field)
+    field = torch.where(operator == 5, torch.sin(arguments[0] + c.depth[..., None, None] * b), field)
+    field = torch.where(operator == 6, torch.where(b > 0, a, d), field)
+    return torch.sigmoid(c.hardness[..., None, None] * (field - c.threshold[..., None, None]))
+
+
+def _background(batch: int, size: int, generator: torch.Generator) -> Tensor:
+    """Smooth mixtures of colours with flat ellipses and bars, ``[batch, 3, size, size]`` in [0, 1]."""
+    image = torch.rand(batch, 3, 4, 4, generator=generator)
+    image = F.interpolate(image, size=(size, size), mode="bilinear", align_corners=True)
+    axis = (torch.arange(size) + 0.5) / size
+    for number in range(8):
+        r = torch.rand(batch, 8, 1, 1, generator=generator)
+        angle = r[:, 0] * math.pi
+        dy, dx = axis[:, None] - r[:, 1], axis[None, :] - r[:, 2]  # [B, S, 1], [B, 1, S]
+        along, across = dx * angle.cos() + dy * angle.sin(), dy * angle.cos() - dx * angle.sin()
+        thin = number % 4 == 3
+        a = 0.1 + 0.3 * r[:, 3] if thin else 0.04 + 0.14 * r[:, 3]
+        b = 0.012 if thin else 0.04 + 0.14 * r[:, 4]
+        if number % 2:
+            mask = (along.abs() < a) & (across.abs() < b)
+        else:
+            mask = (along / a) ** 2 + (across / b) ** 2 < 1
+        # A random half of the pictures gets this piece.
+        mask = mask & (torch.rand(batch, 1, 1, generator=generator) < 0.6)
+        image = torch.where(mask[:, None], r[:, 5:8], image)
+    return image
+
+
+def draw_batch(
+    categories: Categories, batch: int, size: int, generator: torch.Generator, objects: int = 3
+) -> tuple[Tensor, Tensor]:
+    """Draw pictures with one to ``objects`` instances each.
+
+    Args:
+        categories: What to draw from.
+        batch: Number of pictures.
+        size: Side in pixels.
+        generator: Source of all randomness.
+        objects: Largest number of instances in a picture.
+
+    Returns:
+        Pictures in [0, 1], ``[batch, 3, size, size]``, and the category of every pixel, int64
+        ``[batch, size, size]``, -1 for the background.
+    """
+    kind = torch.randint(len(categories), (batch, objects), generator=generator)
+    c = categories.take(kind)
+    r = torch.rand(batch, objects, 12, generator=generator)[..., None, None]  # [B, O, 12, 1, 1]
+    present = torch.arange(objects) < torch.randint(1, objects + 1, (batch, 1), generator=generator)
+    axis = torch.arange(size) + 0.5
+    # The fewer the objects, the larger they may be.
+    number = present.sum(1)[:, None, None, None]
+    radius = size * (0.2 + (0.14 + 0.12 * (number == 1)) * r[:, :, 0])
+    dy = axis[:, None] - size * (0.12 + 0.76 * r[:, :, 1])
+    dx = axis[None, :] - size * (0.12 + 0.76 * r[:, :, 2])
+    angle = 2 * math.pi * r[:, :, 3]
+    cos, sin = angle.cos(), angle.sin()
+    x, y = dx * cos + dy * sin, dy * cos - dx * sin  # [B, O, S, S]
+    inside = outline(c, x / radius, y / radius) & present[..., None, None]
+    scale = torch.exp(-0.3 + 0.65 * r[:, :, 4])
+    phase = 2 * math.pi * torch.rand(batch, objects, 3, generator=generator)
+    centre = size * 0.15 * (r[:, :, 5:7] - 0.5)  # rings are not centred on the outline
+    ink = texture(c, x / scale - centre[:, :, 0], y / scale - centre[:, :, 1], phase)
+
+    pairs = torch.rand(batch, objects, 8, 2, 3, generator=generator)
+    light = pairs @ torch.tensor([0.299, 0.587, 0.114])
+    best = ((light[..., 0] - light[..., 1]).abs() >= 0.25).float().argmax(dim=2)  # the first with enough contrast
+    colours = pairs[torch.arange(batch)[:, None], torch.arange(objects), best][..., None, None]  # [B, O, 2, 3, 1, 1]
+
+    image = _background(batch, size, generator)
+    owner = torch.full((batch, size, size), -1, dtype=torch.int64)
+    for o in range(objects):
+        painted = colours[:, o, 0] + (colours[:, o, 1] - colours[:, o, 0]) * ink[:, o, None]
+        image = torch.where(inside[:, o, None], painted, image)
+        owner = torch.where(inside[:, o], kind[:, o, None, None], owner)
+    slope = 0.6 * (torch.rand(batch, 2, 1, 1, generator=generator) - 0.5)
+    shade = 1 + slope[:, 0] * (axis[:, None] / size - 0.5) + slope[:, 1] * (axis[None, :] / size - 0.5)
+    image = image * shade[:, None]
+    blurred = F.avg_pool2d(image, 3, stride=1, padding=1, count_include_pad=False)
+    image = torch.where(torch.rand(batch, 1, 1, 1, generator=generator) < 0.15, blurred, image)
+    image = image + 0.02 * torch.randn(image.shape, generator=generator)
+    return image.clamp(0, 1), owner
+
+
+def targets(owner: Tensor, patch: int, categories: int) -> tuple[Tensor, Tensor]:
+    """What the tokens shall say.
+
+    Args:
+        owner: Category of every pixel, int64 ``[B, S, S]``, -1 for the background.
+        patch: Side of a patch in pixels; it divides ``S``.
+        categories: Number of categories.
+
+    Returns:
+        Target of the patches, int64 ``[B, N]``: a category, ``categories`` for the background, or -100 where no one
+        covers 60 % of the patch; and target of the class token ``[B, categories]``: shares of the visible object
+        area (rows sum to 1, or to 0 for a picture without objects).
+    """
+    batch, side, _ = owner.shape
+    grid = side // patch
+    tiles = owner.unflatten(1, (grid, patch)).unflatten(3, (grid, patch)).transpose(2, 3).reshape(batch, grid**2, -1)
+    majority = tiles.mode(dim=-1).values  # [B, N]
+    clear = (tiles == majority[..., None]).float().mean(-1) >= 0.6
+    patches = torch.where(majority < 0, categories, majority).where(clear, -100)
+    flat = owner.flatten(1)
+    area = torch.zeros(batch, categories).scatter_add_(1, flat.clamp(min=0), (flat >= 0).float())
+    return patches, area / area.sum(1, keepdim=True).clamp(min=1)
+
+
+class FormulaHead(nn.Module):
+    """One cosine classifier for class token and patches, with one more logit for the background.
+
+    Args:
+        dim: Width of a token.
+        categories: Number of categories.
+    """
+
+    def __init__(self, dim: int, categories: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(categories, dim) * dim**-0.5)
+        self.background = nn.Linear(dim, 1)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(12.0)))
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of the class token ``[B, categories]`` and of the patches ``[B, N, categories + 1]``."""
+        scale = self.log_scale.clamp(max=math.log(40.0)).exp()
+        cosine = scale * F.linear(F.normalize(tokens, dim=-1), F.normalize(self.weight, dim=-1))
+        return cosine[:, 0], torch.cat([cosine[:, 1:], self.background(tokens[:, 1:])], dim=-1)
+
+
+def formula_loss(head: FormulaHead, tokens: Tensor, patches: Tensor, shares: Tensor) -> dict[str, Tensor]:
+    """Cross-entropy of the class token and of the patches (`targets`), and their accuracies."""
+    of_class, of_patches = head(tokens)
+    loss_class = -(shares * of_class.log_softmax(-1)).sum(-1).mean()
+    loss_patch = F.cross_entropy(of_patches.flatten(0, 1), patches.flatten(), ignore_index=-100)
+    with torch.no_grad():
+        known = patches != -100
+        things = known & (patches < shares.shape[1])
+        hit = of_patches.argmax(-1) == patches
+        accuracy = (of_class.argmax(-1) == shares.argmax(-1)).float().mean()
+        accuracy_patch = hit[things].float().mean()
+    return {
+        "loss": loss_class + loss_patch,
+        "loss_class": loss_class,
+        "loss_patch": loss_patch,
+        "accuracy_class": accuracy,
+        "accuracy_patch": accuracy_patch,
+    }

@@ -1,0 +1,176 @@
+"""How good are the features? Figures on the validation pictures of ``shapes``, whose classes pre-training never saw."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
+from sklearn.cluster import KMeans
+from torch import Tensor, nn
+
+from dmsa.data.shapes import THINGS, render
+from dmsa.data.transforms import MEAN, STD
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Figures in percent, higher is better."""
+
+    probe_miou: float
+    """mIoU of a linear classifier on the patch tokens, trained on 200 training pictures (7 classes)."""
+    patch_kmeans_miou: float
+    """mIoU of k-means with 7 clusters on the patch tokens, matched to the classes at best."""
+    crop_accuracy: float
+    """Accuracy of k-means with 6 clusters on the class tokens of the objects' crops, matched to the classes at best."""
+    attention_auc: float
+    """Probability that a patch on an object gets more class-token attention than one on the background."""
+    attention_iou: float
+    """IoU of the patches with attention above the picture's mean, against the objects."""
+
+    def table(self) -> dict[str, float]:
+        """The figures, rounded to two digits, by name."""
+        return {name: round(value, 2) for name, value in asdict(self).items()}
+
+
+def normalise(images: Tensor) -> Tensor:
+    """Images in [0, 1], ``[B, 3, H, W]``, with ImageNet's mean and standard deviation."""
+    return (images - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+
+
+@torch.no_grad()
+def tokens_and_attention(vit: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Final tokens ``[B, 1 + N, D]`` and the last block's class-token attention ``[B, N]`` (mean over the heads)."""
+    x = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
+    for block in vit.blocks[:-1]:
+        x = block(x)
+    last = vit.blocks[-1]
+    attention = last.attn
+    qkv = attention.qkv(last.norm1(x)).unflatten(-1, (3, attention.num_heads, -1))  # [B, 1 + N, 3, heads, d]
+    query, key = attention.q_norm(qkv[:, :1, 0]), attention.k_norm(qkv[:, :, 1])
+    weights = torch.einsum("bqhd,bkhd->bhqk", query, key) * attention.scale
+    return vit.norm(last(x)), weights.softmax(-1)[:, :, 0, vit.num_prefix_tokens :].mean(1)
+
+
+def mean_iou(predicted: np.ndarray, label: np.ndarray, classes: int, *, match: bool) -> float:
+    """mIoU in percent of flat integer arrays; ``match`` first assigns predicted ids to classes at best."""
+    table = np.bincount(label * classes + predicted, minlength=classes**2).reshape(classes, classes)
+    if match:
+        rows, columns = linear_sum_assignment(table, maximize=True)
+        table = table[:, columns[np.argsort(rows)]]
+    union = table.sum(0) + table.sum(1) - table.diagonal()
+    return 100 * float(np.mean(table.diagonal()[union > 0] / union[union > 0]))
+
+
+def _pictures(split: str, count: int, size: int, seed: int) -> tuple[Tensor, np.ndarray]:
+    pairs = [render(seed, split, index, size) for index in range(count)]
+    images = torch.from_numpy(np.stack([image for image, _ in pairs])).permute(0, 3, 1, 2).float() / 255
+    return normalise(images), np.stack([label for _, label in pairs])
+
+
+def patch_labels(label: np.ndarray, patch: int, classes: int) -> np.ndarray:
+    """Most frequent class of every patch: ``[B, H, W]`` → int64 ``[B, H / patch, W / patch]``."""
+    counts = np.eye(classes, dtype=np.float32)[label]  # [B, H, W, K]
+    batch, height, width, _ = counts.shape
+    tiles = counts.reshape(batch, height // patch, patch, width // patch, patch, classes)
+    return tiles.sum((2, 4)).argmax(-1)
+
+
+def _linear_probe(x: Tensor, y: Tensor, classes: int) -> nn.Linear:
+    """Multinomial logistic regression, by L-BFGS."""
+    probe = nn.Linear(x.shape[1], classes)
+    nn.init.zeros_(probe.weight)
+    nn.init.zeros_(probe.bias)
+    optimiser = torch.optim.LBFGS(probe.parameters(), max_iter=60, history_size=10)
+
+    def closure() -> Tensor:
+        optimiser.zero_grad()
+        loss = F.cross_entropy(probe(x), y) + 1e-4 * probe.weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimiser.step(closure)
+    return probe
+
+
+def object_crops(count: int, side: int, seed: int) -> tuple[Tensor, np.ndarray]:
+    """Square crops around the single visible objects of validation pictures, and their classes.
+
+    Returns:
+        Normalised crops ``[count, 3, side, side]`` and class indices ``[count]`` (0 is the first object class).
+    """
+    crops, kinds = [], []
+    index = 0
+    while len(crops) < count:
+        image, label = render(seed, "val", index, 128)
+        index += 1
+        for kind in np.unique(label[label > 0]):
+            rows, columns = np.nonzero(label == kind)
+            half = max(np.ptp(rows), np.ptp(columns)) // 2 + 1
+            if not 14 <= half <= 44:
+                continue
+            y = int(np.clip((rows.min() + rows.max()) // 2, half, 128 - half))
+            x = int(np.clip((columns.min() + columns.max()) // 2, half, 128 - half))
+            window = np.s_[y - half : y + half, x - half : x + half]
+            if np.mean(label[window] == kind) < 0.35:
+                continue
+            crop = torch.from_numpy(image[window]).permute(2, 0, 1)[None].float() / 255
+            crops.append(F.interpolate(crop, size=(side, side), mode="bilinear", align_corners=False))
+            kinds.append(int(kind) - 1)
+    return normalise(torch.cat(crops[:count])), np.array(kinds[:count])
+
+
+def measure(vit: nn.Module, *, size: int = 128, pictures: int = 120, crops: int = 300, seed: int = 0) -> Quality:
+    """Measure a timm vision transformer on ``shapes``.
+
+    Args:
+        vit: The network, with ``dynamic_img_size``.
+        size: Side of the pictures in pixels, a multiple of the patch size.
+        pictures: Number of validation pictures; the linear probe trains on as many training pictures (200 at most).
+        crops: Number of object crops for the clustering of class tokens.
+        seed: Seed of pictures and clusterings.
+    """
+    training = vit.training
+    vit.eval()
+    device = next(vit.parameters()).device
+    patch = vit.patch_embed.patch_size[0]
+    classes = len(THINGS) + 1
+
+    def features(images: Tensor) -> tuple[Tensor, Tensor]:
+        done = [tokens_and_attention(vit, chunk.to(device)) for chunk in images.split(40)]
+        return torch.cat([d[0] for d in done]).float().cpu(), torch.cat([d[1] for d in done]).float().cpu()
+
+    images, label = _pictures("val", pictures, size, seed)
+    tokens, attention = features(images)
+    x, y = tokens[:, vit.num_prefix_tokens :].flatten(0, 1), patch_labels(label, patch, classes).reshape(-1)
+    images, label = _pictures("train", min(pictures, 200), size, seed)
+    x_train = features(images)[0][:, vit.num_prefix_tokens :].flatten(0, 1)
+    y_train = torch.from_numpy(patch_labels(label, patch, classes).reshape(-1))
+    mean, std = x_train.mean(0), x_train.std(0) + 1e-6
+    probe = _linear_probe((x_train - mean) / std, y_train, classes)
+    with torch.no_grad():
+        predicted = probe((x - mean) / std).argmax(-1).numpy()
+    clusters = KMeans(classes, n_init=3, random_state=seed).fit_predict(F.normalize(x, dim=-1).numpy())
+
+    images, kinds = object_crops(crops, 64, seed)
+    class_tokens = features(images)[0][:, 0]
+    groups = KMeans(len(THINGS), n_init=5, random_state=seed).fit_predict(F.normalize(class_tokens, dim=-1).numpy())
+    table = np.bincount(kinds * len(THINGS) + groups, minlength=len(THINGS) ** 2).reshape(len(THINGS), -1)
+    rows, columns = linear_sum_assignment(table, maximize=True)
+
+    thing = torch.from_numpy(y > 0)
+    score = attention / attention.mean(1, keepdim=True)
+    rank = score.flatten().argsort().argsort().double() + 1
+    n_thing = int(thing.sum())
+    auc = (rank[thing].sum() - n_thing * (n_thing + 1) / 2) / (n_thing * (thing.numel() - n_thing))
+    above = (score > 1).flatten()
+    vit.train(training)
+    return Quality(
+        probe_miou=mean_iou(predicted, y, classes, match=False),
+        patch_kmeans_miou=mean_iou(clusters.astype(np.int64), y, classes, match=True),
+        crop_accuracy=100 * float(table[rows, columns].sum() / table.sum()),
+        attention_auc=100 * float(auc),
+        attention_iou=100 * float((above & thing).sum() / (above | thing).sum()),
+    )
