@@ -9,15 +9,12 @@ colours come from too. Colour therefore says nothing about the class.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
-from torch.utils.data import Dataset
 
-if TYPE_CHECKING:
-    import torch
-
-    from dmsa.config import DataConfig
+from dmsa.config import DataConfig
+from dmsa.data.base import SegmentationData
+from dmsa.data.transforms import TrainTransform, ValTransform
 
 SPLITS = {"train": 0, "val": 1}
 DEFAULT_COUNT = {"train": 1200, "val": 240}
@@ -123,7 +120,7 @@ TEXTURES: dict[str, Field] = {
     "speckle": _speckle,
     "bricks": _bricks,
 }
-_PALETTE = np.array(
+PALETTE = np.array(
     [[0, 0, 0], [230, 75, 53], [77, 187, 213], [0, 160, 135], [240, 190, 60], [140, 90, 170], [160, 110, 70]],
     dtype=np.uint8,
 )
@@ -254,59 +251,58 @@ def render(seed: int, split: str, index: int, size: int) -> tuple[np.ndarray, np
     return (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8), label
 
 
-class Shapes(Dataset):
-    """The procedural set ``shapes``: six classes of textured objects and a background.
+class Shapes(SegmentationData):
+    """The procedural set `shapes`: six classes of textured objects and a background.
 
     Args:
-        config: Sizes and counts: ``size`` is the side of a picture, ``crop`` that of a training crop;
-            ``train_images`` and ``val_images`` say how many are drawn (1,200 and 240 if unset).
-        split: ``"train"`` (augmented crops) or ``"val"`` (whole images).
-        seed: Seed of the pictures and of the augmentation.
+        config: `size` is the side of a picture, `crop` that of a training crop; `train_images` and `val_images` say
+            how many are drawn (`DEFAULT_COUNT` if unset).
+        split: `train` (augmented crops) or `val` (whole pictures); both have labels.
+        seed: seed of the pictures and of the augmentation, >= 0.
 
-    Samples are the dictionaries that every data set of this package yields (see `dmsa.data`); labels come with both
-    splits. Rendering takes a few milliseconds of one core at most, and finished images are kept in memory.
+    Finished pictures stay in memory, up to `CACHE_BYTES` in every process.
 
     Raises:
-        ValueError: An unknown split, a negative seed, a size below 32 pixels, or a count below 1.
+        ValueError: an unknown split, a negative seed, a size below `MIN_SIZE`, or a count below 1.
     """
-
-    name = "shapes"
-    classes = ("background", *THINGS)
-    num_classes = len(THINGS) + 1
-    n_things = len(THINGS)
-    n_stuff = 0
-    things_only = True
-    palette = _PALETTE
-    ignore = 255
 
     def __init__(self, config: DataConfig, split: str, seed: int = 0) -> None:
         if split not in SPLITS:
-            raise ValueError(f"{split=}: expected 'train' or 'val'")
+            raise ValueError(f"expected split to be one of {tuple(SPLITS)}, got {split=}")
         if seed < 0:
-            raise ValueError(f"{seed=}: expected an integer of at least 0")
+            raise ValueError(f"expected a seed >= 0, got {seed=}")
         if config.size < MIN_SIZE:
-            raise ValueError(f"{config.size=}: shapes needs images of at least {MIN_SIZE} pixels")
+            raise ValueError(f"pictures of shapes need {MIN_SIZE} pixels a side, got {config.size=}")
         field = "train_images" if split == "train" else "val_images"
         count = getattr(config, field)
         if count is not None and count < 1:
-            raise ValueError(f"config.{field}={count}: expected at least 1 image, or None")
-        self.config, self.split, self.seed = config, split, seed
-        self.count = DEFAULT_COUNT[split] if count is None else count
-        self.classes = list(type(self).classes)
+            raise ValueError(f"expected a positive number of images, got config.{field}={count}")
+        count = DEFAULT_COUNT[split] if count is None else count
+        self.size, self.seed = config.size, seed
         self._cache: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        self._cache_limit = CACHE_BYTES // (4 * config.size**2)
+        self._cache_limit = max(1, CACHE_BYTES // (4 * config.size**2))
+        super().__init__(
+            name="shapes",
+            split=split,
+            classes=["background", *THINGS],
+            n_things=len(THINGS),
+            things_only=True,
+            names=[f"{split}_{index:06d}" for index in range(count)],
+            transform=TrainTransform(config, seed) if split == "train" else ValTransform(config),
+            labels_from="the drawing itself, exact",
+            palette=PALETTE,
+            repeat=config.repeat if split == "train" else 1,
+        )
 
-    def __len__(self) -> int:
-        return self.count
+    def _picture(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        if index not in self._cache:
+            if len(self._cache) >= self._cache_limit:
+                self._cache.pop(next(iter(self._cache)))
+            self._cache[index] = render(self.seed, self.split, index, self.size)
+        return self._cache[index]
 
-    def raw(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Image ``index`` as drawn: uint8 ``[size, size, 3]``, and its label, uint8 ``[size, size]``."""
-        if not -self.count <= index < self.count:
-            raise IndexError(f"{index=}: {self.name} {self.split} has {self.count} images")
-        index %= self.count
-        if index in self._cache:
-            return self._cache[index]
-        pair = render(self.seed, self.split, index, self.config.size)
-        if len(self._cache) < self._cache_limit:
-            self._cache[index] = pair
-        return pair
+    def open(self, index: int) -> np.ndarray:
+        return self._picture(index)[0]
+
+    def read_label(self, index: int) -> np.ndarray:
+        return self._picture(index)[1]

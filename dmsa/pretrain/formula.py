@@ -96,7 +96,7 @@ def draw_categories(count: int, seed: int) -> Categories:
 
 
 def outline(c: Categories, x: Tensor, y: Tensor) -> Tensor:
-    """Whether ``(x, y)``, in units of the mean radius, lies inside; ``c`` has shape ``[...]``, ``x`` ``[..., H, W]``."""
+    """Whether ``(x, y)`` lies inside: ``[..., H, W]``, in units of the mean radius; ``c`` has the shape ``[...]``."""
     theta = torch.atan2(y, x)
     lobes, amplitude = c.lobes[..., None, None, :].to(x.dtype), c.amplitude[..., None, None, :]
     edge = (
@@ -108,7 +108,7 @@ def outline(c: Categories, x: Tensor, y: Tensor) -> Tensor:
 
 
 def texture(c: Categories, x: Tensor, y: Tensor, phase: Tensor) -> Tensor:
-    """Share of the second colour in [0, 1] at ``(x, y)`` in pixels, ``[..., H, W]``; ``phase`` ``[..., 3]`` in radians."""
+    """Share of the second colour, in [0, 1], at ``(x, y)`` (``[..., H, W]``, pixels); ``phase [..., 3]`` in radians."""
     wave = 2 * math.pi / c.period
     cos, sin = (wave * torch.cos(c.angle))[..., None, None, :], (wave * torch.sin(c.angle))[..., None, None, :]
     arguments = [x * cos[..., i] + y * sin[..., i] + phase[..., None, None, i] for i in range(3)]
@@ -137,11 +137,9 @@ def _background(batch: int, size: int, generator: torch.Generator) -> Tensor:
         thin = number % 4 == 3
         a = 0.1 + 0.3 * r[:, 3] if thin else 0.04 + 0.14 * r[:, 3]
         b = 0.012 if thin else 0.04 + 0.14 * r[:, 4]
-        if number % 2:
-            mask = (along.abs() < a) & (across.abs() < b)
-        else:
-            mask = (along / a) ** 2 + (across / b) ** 2 < 1
-        # A random half of the pictures gets this piece.
+        box, ellipse = (along.abs() < a) & (across.abs() < b), (along / a) ** 2 + (across / b) ** 2 < 1
+        mask = box if number % 2 else ellipse
+        # Not every picture gets this piece.
         mask = mask & (torch.rand(batch, 1, 1, generator=generator) < 0.6)
         image = torch.where(mask[:, None], r[:, 5:8], image)
     return image
