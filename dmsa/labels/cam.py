@@ -1,0 +1,135 @@
+"""Class activation maps of cluster centroids, computed on line (Eq. 5 of the paper).
+
+Source of the map: TransFGU (arXiv 2112.01515, `models/segmenter/segmenter_thingstuff.py`), which runs one backward pass
+per class and stores the maps. Here all classes come from one pass, because the class-token attention row reaches the
+class token through one token's projection, MLP and norms only.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dmsa.models.encoder import Attended, Encoder, as_encoder
+
+KEPT_MASS = 0.8
+"""Share of a class's positive gradient mass that survives the threshold."""
+
+
+def attention_gradient_cam(
+    encoder: Encoder | nn.Module,
+    images: Tensor | Attended,
+    centroids: Tensor,
+    batch_parity: bool = False,
+) -> Tensor:
+    """Map where each centroid's evidence lies, from the gradient of the last block's class-token attention.
+
+    For centroid c, with A the class-token attention row (mean over heads) and g_c the gradient of
+    cos(class token, c) with respect to that row (mean over heads):
+
+        map_c = A / max A + (g_c where it carries the top 80 % of its positive mass, else 0)    where g_c >= 0, else 0
+
+    The gradient is closed form: the K directions are back-propagated through the class token's own projection, MLP and
+    norms, and one product with the values V gives all maps. Always the plain backbone: the pyramid takes no part.
+
+    Args:
+        encoder: an `Encoder`, or a timm ViT that is wrapped into one (and thereby frozen and put into eval mode).
+        images: [B, 3, H, W] normalised, or what `Encoder.features` returned for them, to share that work.
+        centroids: [K, D], any scale (only directions matter).
+        batch_parity: multiply g_c by 1/B as TransFGU does, whose loss is averaged over the batch. For comparison with
+            its maps only: it makes a label depend on the batch it is computed in.
+
+    Returns:
+        [B, K, h, w], fp32 or the images' wider dtype; values from 0 to 1 plus the largest gradient. No gradient.
+
+    Raises:
+        ValueError: `centroids` is not [K, D] with the encoder's D, or the images do not fit the patch size.
+    """
+    encoder, attended = _shared(encoder, images, centroids)
+    prefix = encoder.num_prefix_tokens
+    gradient = class_attention_gradient(encoder, attended, centroids)[..., prefix:]  # [B, K, N]
+    if batch_parity:
+        gradient = gradient / max(len(attended), 1)
+    attention = attended.attention[..., prefix:].mean(1)  # [B, N]
+    attention = attention / attention.amax(-1, keepdim=True)
+    evidence = gradient.relu()
+    evidence = evidence * carries_mass(evidence, KEPT_MASS)
+    maps = torch.where(gradient >= 0, attention[:, None] + evidence, 0)
+    return maps.unflatten(-1, attended.grid)
+
+
+def feature_cam(encoder: Encoder | nn.Module, images: Tensor | Attended, centroids: Tensor) -> Tensor:
+    """Zhou's class activation map: ReLU of the cosine between each patch feature and each centroid.
+
+    Args and returns as `attention_gradient_cam`; values from 0 to 1.
+    """
+    encoder, attended = _shared(encoder, images, centroids, output=True)
+    with torch.no_grad():
+        patches, _ = encoder.tail(attended, attended.grid)  # [B, N, D]
+        wide = torch.promote_types(patches.dtype, torch.float32)
+        patches = nn.functional.normalize(patches.to(wide), dim=-1)
+        directions = nn.functional.normalize(centroids.to(patches), dim=-1)
+        return (directions @ patches.transpose(1, 2)).relu().unflatten(-1, attended.grid)
+
+
+CAMS = {"attention_grad": attention_gradient_cam, "feature": feature_cam}
+"""The maps by the name of their configuration switch, `labels.cam`."""
+
+
+def class_attention_gradient(encoder: Encoder, attended: Attended, centroids: Tensor) -> Tensor:
+    """Gradient of cos(class token, centroid) with respect to the class-token attention row, mean over heads.
+
+    Args:
+        encoder: the backbone.
+        attended: its `features` for B images.
+        centroids: [K, D].
+
+    Returns:
+        [B, K, T], T counting prefix tokens and patches.
+    """
+    heads = attended.values.shape[1]
+    # parameters and directions stay in full precision: one token's work is cheap, and the threshold compares sums
+    device_type = attended.tokens.device.type
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device_type, enabled=False):
+        wide = attended.attention.dtype
+        values = attended.values.detach().to(wide)  # [B, A, T, D/A]
+        context = (attended.attention.detach().unsqueeze(2) @ values).flatten(1)  # [B, D]
+        parameter = next(encoder.parameters())
+        context = context.to(parameter.dtype).requires_grad_()
+        token = encoder.class_token(attended, context).to(wide)  # [B, D]
+        towards = nn.functional.normalize(centroids.detach().to(token), dim=-1)  # [K, D]
+        length = token.detach().norm(dim=-1, keepdim=True)  # [B, 1]
+        along = token.detach() / length
+        cosine = towards @ along.T  # [K, B]
+        # d cos / d token, for every class and image
+        directions = (towards[:, None] - cosine[..., None] * along) / length  # [K, B, D]
+        (weights,) = torch.autograd.grad(token, context, directions, is_grads_batched=True)  # [K, B, D]
+    weights = weights.to(wide).transpose(0, 1)  # [B, K, D]
+    # mean over heads of (weights of the head) . (values of the head) is one product over the joined head dimension
+    return weights @ values.transpose(2, 3).flatten(1, 2) / heads
+
+
+def carries_mass(evidence: Tensor, share: float) -> Tensor:
+    """Mask the largest entries that together carry `share` of the sum along the last dimension.
+
+    Args:
+        evidence: [..., N], not negative.
+        share: between 0 and 1.
+
+    Returns:
+        bool [..., N]; all False where the sum is 0. The entry on which the share is reached is kept.
+    """
+    ascending, order = evidence.sort(dim=-1)
+    total = evidence.sum(dim=-1, keepdim=True)
+    kept = (ascending / total).cumsum(-1) > 1 - share  # a sum of 0 gives NaN, which compares as False
+    return torch.zeros_like(kept).scatter_(-1, order, kept)
+
+
+def _shared(
+    encoder: Encoder | nn.Module, images: Tensor | Attended, centroids: Tensor, output: bool = False
+) -> tuple[Encoder, Attended]:
+    encoder = as_encoder(encoder)
+    if centroids.ndim != 2 or centroids.shape[1] != encoder.embed_dim:
+        raise ValueError(f"{centroids.shape=} is not [K, {encoder.embed_dim}]")
+    attended = images if isinstance(images, Attended) else encoder.features(images, output=output)
+    return encoder, attended
