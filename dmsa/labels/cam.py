@@ -87,7 +87,9 @@ def class_attention_gradient(encoder: Encoder, attended: Attended, centroids: Te
     Returns:
         [B, K, T], T counting prefix tokens and patches.
     """
-    heads = attended.values.shape[1]
+    heads, length = attended.values.shape[1:3]
+    if not len(centroids):
+        return attended.attention.new_zeros(len(attended), 0, length)
     # parameters and directions stay in full precision: one token's work is cheap, and the threshold compares sums
     device_type = attended.tokens.device.type
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device_type, enabled=False):
@@ -98,11 +100,11 @@ def class_attention_gradient(encoder: Encoder, attended: Attended, centroids: Te
         context = context.to(parameter.dtype).requires_grad_()
         token = encoder.class_token(attended, context).to(wide)  # [B, D]
         towards = nn.functional.normalize(centroids.detach().to(token), dim=-1)  # [K, D]
-        length = token.detach().norm(dim=-1, keepdim=True)  # [B, 1]
-        along = token.detach() / length
+        norm = token.detach().norm(dim=-1, keepdim=True)  # [B, 1]
+        along = token.detach() / norm
         cosine = towards @ along.T  # [K, B]
         # d cos / d token, for every class and image
-        directions = (towards[:, None] - cosine[..., None] * along) / length  # [K, B, D]
+        directions = (towards[:, None] - cosine[..., None] * along) / norm  # [K, B, D]
         (weights,) = torch.autograd.grad(token, context, directions, is_grads_batched=True)  # [K, B, D]
     weights = weights.to(wide).transpose(0, 1)  # [B, K, D]
     # mean over heads of (weights of the head) . (values of the head) is one product over the joined head dimension

@@ -107,7 +107,9 @@ class Encoder(nn.Module):
         Returns:
             [B, T, D] tokens, T = prefix tokens + h*w.
         """
-        self.grid(images)
+        grid = self.grid(images)
+        if not len(images):  # timm's reshapes are ambiguous for an empty batch
+            return images.new_zeros(0, self.num_prefix_tokens + grid[0] * grid[1], self.embed_dim)
         with torch.no_grad():
             return self._before_last(images)
 
@@ -212,7 +214,9 @@ def as_encoder(model: nn.Module) -> Encoder:
 
 def _project(attention: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     batch, length, _ = x.shape
-    qkv = attention.qkv(x).reshape(batch, length, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
+    qkv = attention.qkv(x)  # [B, T, 3D]
+    width = qkv.shape[-1] // (3 * attention.num_heads)
+    qkv = qkv.reshape(batch, length, 3, attention.num_heads, width).permute(2, 0, 3, 1, 4)
     query, key, value = qkv.unbind(0)  # [B, A, T, D/A]
     return attention.q_norm(query), attention.k_norm(key), value
 
