@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -275,18 +274,18 @@ def build_encoder(name: str, weights: str | Path | None = None) -> Encoder:
         return _build_shipped(weights)
     import timm
 
+    near = difflib.get_close_matches(name, [*DINO_FILES, *timm.list_models("vit*")], n=3)
+    unknown = f"encoder {name!r} is neither {SHIPPED!r} nor a model that timm {timm.__version__} knows" + (
+        f"; did you mean {', '.join(near)}?" if near else ""
+    )
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name, [*DINO_FILES, *timm.list_models("vit*")], n=3)
-        hint = f"; did you mean {', '.join(near)}?" if near else ""
-        raise ValueError(
-            f"encoder {name!r} is neither {SHIPPED!r} nor a model that timm {timm.__version__} knows{hint}"
-        )
+        raise ValueError(unknown)
     try:
         vit = timm.create_model(name, pretrained=False, num_classes=0, dynamic_img_size=True)
+    except RuntimeError as error:  # the architecture is known, its tag is not
+        raise ValueError(f"{unknown} ({error})") from error
     except TypeError as error:
-        raise TypeError(
-            f"encoder {name!r} cannot be built as a vision transformer with dynamic image size: {error}"
-        ) from error
+        raise TypeError(f"encoder {name!r} is not a vision transformer with dynamic image size: {error}") from error
     encoder = Encoder(vit)
     if weights is None:
         _load_from_hub(encoder, name)
@@ -384,7 +383,9 @@ def _read(path: Path) -> dict[str, Tensor]:
         # DINO's full checkpoints also hold the training arguments as a Namespace, which is plain data
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # what is no checkpoint makes the unpickler raise almost anything
         raise ValueError(
             f"{path} cannot be read as a checkpoint of plain tensors (only such files are loaded): {error}"
         ) from error

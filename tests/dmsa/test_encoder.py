@@ -15,7 +15,7 @@ from dmsa.models.encoder import DINO_FILES, Encoder, build_encoder, load_weights
 from tests.dmsa.tiny import tiny_encoder, tiny_vit
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "transfgu_attention_cam.npz"
-KINDS = {
+KINDS = {  # ViTs that differ in what surrounds the class-token attention
     "plain": {},
     "registers": {"reg_tokens": 2},
     "layer_scale": {"init_values": 0.5},
@@ -190,6 +190,8 @@ def test_missing_weights_say_what_to_download_and_where_to_put_it(tmp_path, monk
 
 def test_weights_from_the_hub_are_loaded(monkeypatch):
     hub = tiny_vit(init_values=0.5)
-    monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **_: hub if pretrained else tiny_vit(init_values=1))
+    monkeypatch.setattr(
+        timm, "create_model", lambda name, pretrained, **_: hub if pretrained else tiny_vit(init_values=1)
+    )
     encoder = build_encoder("vit_small_patch8_224.dino")
     assert torch.equal(encoder.vit.blocks[0].ls1.gamma, hub.blocks[0].ls1.gamma)
