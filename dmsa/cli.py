@@ -49,7 +49,11 @@ def main(argv: list[str] | None = None) -> int:
         hint = f"; did you mean {near[0]!r}?" if near else ""
         print(f"dmsa: unknown command {argv[0]!r}{hint}\n\n{usage()}", file=sys.stderr)
         return 2
-    return importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:]) or 0
+    try:
+        return importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:]) or 0
+    except (ValueError, OSError) as error:  # bad input: its message says what to do, a traceback would bury it
+        print(f"dmsa {argv[0]}: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

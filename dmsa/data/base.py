@@ -74,16 +74,16 @@ def map_label(label: np.ndarray, lut: np.ndarray, path: str | os.PathLike) -> np
     Raises:
         ValueError: ids that the table does not have; the message names the file and the ids.
     """
-    mapped = lut[label]
-    invalid = mapped == _INVALID
-    if invalid.any():
-        ids = np.unique(label[invalid]).tolist()
+    # bytearray.translate and memchr: four times faster than indexing and comparing arrays.
+    mapped = bytearray(label.tobytes()).translate(lut.tobytes())
+    if _INVALID in mapped:
+        ids = np.unique(label[lut[label] == _INVALID]).tolist()
         known = np.flatnonzero(lut < _INVALID)
         raise ValueError(
             f"{path} holds ids outside the table: {ids}; expected {known.min()}..{known.max()} "
             f"({len(known)} ids) or 255 for pixels to ignore"
         )
-    return mapped
+    return np.frombuffer(mapped, dtype=np.uint8).reshape(label.shape)
 
 
 def open_image(path: str | os.PathLike) -> Image.Image:
@@ -192,11 +192,13 @@ class SegmentationData(Dataset):
         palette: uint8 `[num_classes, 3]`.
         ignore: 255.
         labels_from: where labels come from, in words, or `None` for images alone.
+        total: images of the whole split, of which `images` are used.
 
     Args:
         names: name of every image, without suffix.
         transform: from :mod:`dmsa.data.transforms`.
         repeat: how often one epoch visits every image.
+        total: images before any were left out by choice; all of `names` if unset.
     """
 
     ignore = IGNORE
@@ -214,6 +216,7 @@ class SegmentationData(Dataset):
         labels_from: str | None,
         palette: np.ndarray | None = None,
         repeat: int = 1,
+        total: int | None = None,
     ) -> None:
         if not len(names):
             raise ValueError(f"data set {name!r} has no images in split {split!r}")
@@ -230,6 +233,7 @@ class SegmentationData(Dataset):
         self.labels_from = labels_from
         self.transform = transform
         self.repeat = repeat
+        self.total = len(names) if total is None else total
         # One array, not a list of strings: workers that touch a list's reference counts copy its memory.
         self._names = np.array([n.encode() for n in names])
         # Shared memory, so that persistent workers see a new epoch and the parent sees what they skipped.
@@ -261,8 +265,11 @@ class SegmentationData(Dataset):
         raise TypeError(f"{type(self).__name__} has no image files")
 
     def read_label(self, index: int) -> np.ndarray | None:
-        """Return the label of image `index` (0..images-1), uint8 `[H, W]` of class ids and 255, or `None`."""
-        raise TypeError(f"{type(self).__name__} has no label files")
+        """Return the label of image `index` (0..images-1), uint8 `[H, W]` of class ids and 255, or `None`.
+
+        A subclass overrides this and :meth:`image_path`, or :meth:`raw` and :meth:`open`.
+        """
+        return self.raw(index)[1]
 
     def open(self, index: int) -> Image.Image | np.ndarray:
         """Return image `index` (0..images-1), decoded or not."""

@@ -16,6 +16,7 @@ from dmsa.config import DataConfig
 from dmsa.data.base import (
     IGNORE,
     SegmentationData,
+    few,
     file_names,
     label_lookup,
     map_label,
@@ -165,12 +166,14 @@ class Coco(SegmentationData):
         self._instances: Instances | None = None
         if labels == "auto" and config.name == "coco80" and not self._maps.is_dir() and json_file.is_file():
             labels = "instances"
+        total = len(names)
         limit = config.train_images if split == "train" else config.val_images
         if labels == "instances":
             if not json_file.is_file():
                 raise FileNotFoundError(f"{json_file} is missing. {INSTANCE_SOURCE.format(name=config.name)}")
             ids = {int(k): v for k, v in classes["category_id_to_contiguous"].items()}
             self._instances = Instances(json_file, ids)
+            total = len(self._instances.names)
             names = thin(self._instances.names, limit)
             self._row = {name: i for i, name in enumerate(self._instances.names)}
             labels_from = json_file.name
@@ -210,6 +213,7 @@ class Coco(SegmentationData):
             transform=TrainTransform(config, seed) if split == "train" else ValTransform(config),
             labels_from=labels_from,
             repeat=config.repeat if split == "train" else 1,
+            total=total,
         )
 
     def image_path(self, index: int) -> Path:
@@ -237,4 +241,11 @@ class Coco(SegmentationData):
                 f"the curated list {path} is missing; `dmsa prepare --name {self.name}` makes it from the label maps"
             )
         order = {self.image_name(i): i for i in range(self.images)}
-        return [order[name] for name in read_list(path) if name in order]
+        names = read_list(path)
+        unknown = [name for name in names if name not in order]
+        if unknown and self.images == self.total:
+            raise ValueError(f"{path} names images that {self.name} {self.split} does not have: {few(unknown)}")
+        chosen = [order[name] for name in names if name in order]
+        if not chosen:
+            raise ValueError(f"none of the {len(names)} images in {path} is among the {self.images} of {self.split}")
+        return chosen

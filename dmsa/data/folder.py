@@ -130,6 +130,7 @@ class Folder(SegmentationData):
             transform=TrainTransform(config, seed) if split == "train" else ValTransform(config),
             labels_from=labels_from,
             repeat=config.repeat if split == "train" else 1,
+            total=len(names),
         )
 
     @staticmethod

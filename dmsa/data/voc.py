@@ -126,6 +126,7 @@ class Voc(SegmentationData):
         augmented = config.name == "voc_aug" and split == "train"
         self._sbd = (sbd_root(config.root) or sbd_root(self.root)) if augmented else None
         names = augmented_list(self.root, self._sbd) if augmented else read_list(lists / f"{split}.txt")
+        total = len(names)
         names = thin(names, config.train_images if split == "train" else config.val_images)
         require_files(
             f"images of {config.name} {split}",
@@ -146,6 +147,7 @@ class Voc(SegmentationData):
             labels_from=labels_from,
             palette=np.array(classes["palette"], dtype=np.uint8),
             repeat=config.repeat if split == "train" else 1,
+            total=total,
         )
 
     def _check_labels(self, names: list[str], name: str, split: str, augmented: bool) -> str | None:

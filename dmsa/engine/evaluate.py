@@ -1,0 +1,591 @@
+"""Scoring: `dmsa eval` for a checkpoint or for a folder of predicted masks of any method, with the paper's rows.
+
+A network's predictions and another method's PNG files take the same way: protocol, histogram, one match, report.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from dmsa.data.base import CorruptImageError, few, read_mask, table
+from dmsa.data.folder import walk
+from dmsa.data.transforms import normalise, to_tensor
+from dmsa.engine import distributed
+from dmsa.metrics import Histogram, Scores, scores, things_of
+from dmsa.protocols import Protocol
+
+UPSAMPLED_VALUES = 2**26  # logits that are upsampled at once, at most: 256 MiB in fp32
+
+
+@dataclass(frozen=True)
+class Skip:
+    """An image that could not be scored."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """The scores of one method on one data set, and what they mean."""
+
+    method: str
+    dataset: str
+    classes: list[str]
+    kinds: list[str]
+    """`thing`, `stuff` or `background`, one a class."""
+    labels_from: str
+    protocol: Protocol
+    conditions: str
+    """The protocol in words."""
+    scores: Scores
+    images: int
+    """Images scored."""
+    wanted: int
+    """Images that this protocol scores."""
+    skipped: list[Skip]
+    """Images or masks that could not be decoded."""
+    missing: list[str]
+    """Images without a prediction."""
+    partial: bool
+    """Whether the data set was limited to some of its images."""
+    matched: bool
+    """Whether predictions are clusters, matched to classes, or class ids."""
+
+    def notes(self) -> list[str]:
+        """Return what a reader must know about the images, empty if all of them were scored."""
+        notes = []
+        if self.skipped:
+            names = few([f"{skip.name} ({skip.reason})" for skip in self.skipped])
+            notes.append(f"{len(self.skipped)} images could not be decoded and are not in the score: {names}")
+        if self.missing:
+            notes.append(f"{len(self.missing)} images have no prediction and are not in the score: {few(self.missing)}")
+        if self.partial:
+            notes.append(f"scored on {self.wanted} images drawn from a larger set: not comparable with the whole set")
+        elif self.images < self.wanted:
+            notes.append(f"scored {self.images} of {self.wanted} images: not comparable with the whole set")
+        if not self.matched:
+            notes.append("predictions were taken as class ids: no Hungarian match")
+        return notes
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return this run's row and the published ones of the same data set, in percent."""
+        own = {
+            "method": self.method,
+            "miou": 100 * self.scores.miou,
+            "accuracy": 100 * self.scores.accuracy,
+            "protocol": self.protocol.name,
+            "source": "this evaluation",
+        }
+        return [own, *paper_rows(self.dataset)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain values; scores in percent, NaN as None."""
+        s = self.scores
+        return {
+            "method": self.method,
+            "dataset": self.dataset,
+            "labels_from": self.labels_from,
+            "protocol": self.protocol.name,
+            "size": self.protocol.size,
+            "conditions": self.conditions,
+            "images": self.images,
+            "images_of_split": self.wanted,
+            "miou": _percent(s.miou),
+            "accuracy": _percent(s.accuracy),
+            "things_miou": _percent(s.things),
+            "stuff_miou": _percent(s.stuff),
+            "matched": self.matched,
+            "classes": [
+                {"id": i, "name": name, "kind": kind, "iou": _percent(s.iou[i]), "cluster": int(s.assignment[i])}
+                for i, (name, kind) in enumerate(zip(self.classes, self.kinds, strict=True))
+            ],
+            "confusion": s.confusion.tolist(),
+            "skipped": [{"name": skip.name, "reason": skip.reason} for skip in self.skipped],
+            "missing": self.missing,
+            "notes": self.notes(),
+            "published": paper_rows(self.dataset),
+        }
+
+    def json(self) -> str:
+        """Return :meth:`to_dict` as JSON text."""
+        return json.dumps(self.to_dict(), indent=1)
+
+    def _tables(self) -> tuple[list[list[str]], list[list[str]], list[tuple[str, str]]]:
+        rows = [["method", "mIoU", "accuracy", "protocol", "source"]]
+        rows += [[r["method"], _show(r["miou"]), _show(r["accuracy"]), r["protocol"], r["source"]] for r in self.rows()]
+        s = self.scores
+        classes = [["id", "class", "kind", "IoU", "cluster"]]
+        classes += [
+            [str(i), name, kind, _show(100 * s.iou[i]), str(s.assignment[i])]
+            for i, (name, kind) in enumerate(zip(self.classes, self.kinds, strict=True))
+        ]
+        facts = [
+            ("data set", f"{self.dataset} val, {self.images} images, labels from {self.labels_from}"),
+            ("protocol", self.conditions),
+            *(("note", note) for note in self.notes()),
+        ]
+        return rows, classes, facts
+
+    def _means(self) -> str:
+        other = "background" if "background" in self.kinds else "stuff"
+        return f"mIoU of things {_show(100 * self.scores.things)}, of {other} {_show(100 * self.scores.stuff)}"
+
+    def text(self) -> str:
+        """Return the report for a terminal."""
+        rows, classes, facts = self._tables()
+        lines = [f"{key:<9} {value}" for key, value in facts]
+        return "\n".join([*lines, "", *_columns(rows), "", self._means(), "", *_columns(classes)])
+
+    def markdown(self) -> str:
+        """Return the report as markdown."""
+        rows, classes, facts = self._tables()
+        lines = [f"- {key}: {value}" for key, value in facts]
+        return "\n".join([*lines, "", *_markdown(rows), "", self._means(), "", *_markdown(classes)])
+
+    def draw(self, path: str | Path) -> None:
+        """Write the confusion picture, a PNG: one row a class, its pixels' share in every predicted class."""
+        from matplotlib.figure import Figure
+
+        k = len(self.classes)
+        counts = self.scores.confusion
+        share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+        side = 3 + 0.22 * k
+        figure = Figure(figsize=(side, side), layout="constrained")
+        axes = figure.add_subplot()
+        shown = axes.imshow(share, vmin=0, vmax=1, cmap="Blues")
+        size = 8 if k <= 30 else 6
+        axes.set_xticks(range(k), self.classes, rotation=90, fontsize=size)
+        axes.set_yticks(range(k), self.classes, fontsize=size)
+        axes.set_xlabel("prediction" + (" (clusters after the match)" if self.matched else ""))
+        axes.set_ylabel("label")
+        axes.set_title(
+            f"{self.dataset}, protocol {self.protocol.name}: "
+            f"mIoU {_show(100 * self.scores.miou)}, accuracy {_show(100 * self.scores.accuracy)}",
+            fontsize=10,
+        )
+        figure.colorbar(shown, ax=axes, shrink=0.6, label="share of the label's pixels")
+        figure.savefig(path, format="png", dpi=110)
+
+    def write(self, folder: str | Path) -> list[Path]:
+        """Write `eval.txt`, `eval.md`, `eval.json` and `confusion.png` into `folder` and return their paths."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        texts = {"eval.txt": self.text(), "eval.md": self.markdown(), "eval.json": self.json()}
+        for name, content in texts.items():
+            (folder / name).write_text(content + "\n", encoding="utf-8")
+        self.draw(folder / "confusion.png")
+        return [folder / name for name in (*texts, "confusion.png")]
+
+
+def paper_rows(dataset: str) -> list[dict[str, Any]]:
+    """Return the published rows of a data set (percent) with their protocol and source; none for the user's own."""
+    rows = table("paper")["rows"]
+    return [{k: v for k, v in row.items() if k != "dataset"} for row in rows if row["dataset"] == dataset]
+
+
+def _percent(value: float) -> float | None:
+    return None if math.isnan(value) else 100 * float(value)
+
+
+def _show(percent: float | None) -> str:
+    return "-" if percent is None or math.isnan(percent) else f"{percent:.2f}"
+
+
+def _columns(rows: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _markdown(rows: list[list[str]]) -> list[str]:
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]
+
+
+class _Work(Dataset):
+    """This process's share of the images: `read(index)` of each, or the error that came instead."""
+
+    def __init__(self, indices: Sequence[int], read: Callable[[int], tuple]) -> None:
+        self.indices = indices
+        self.read = read
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> tuple:
+        index = int(self.indices[position])
+        try:
+            return index, self.read(index), None
+        except (ValueError, OSError) as error:  # carried to the parent, so that its message is not a worker's traceback
+            return index, None, error
+
+
+def _as_it_is(batch: list) -> list:
+    return batch
+
+
+class _ReadImage:
+    """Image and label of a data set as the protocol wants them."""
+
+    def __init__(self, dataset: Any, protocol: Protocol) -> None:
+        self.dataset = dataset
+        self.protocol = protocol
+
+    def __call__(self, index: int) -> tuple[Tensor, np.ndarray]:
+        image, label = self.dataset.raw(index)
+        return to_tensor(self.protocol.image(image)), self.protocol.label(_required(label, self.dataset, index))
+
+
+class _ReadMasks:
+    """A prediction and the label of a data set as the protocol wants them."""
+
+    def __init__(self, dataset: Any, protocol: Protocol, files: dict[int, Path]) -> None:
+        self.dataset = dataset
+        self.protocol = protocol
+        self.files = files
+
+    def __call__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        label = _required(_label(self.dataset, index), self.dataset, index)
+        pred = read_mask(self.files[index])
+        k = self.dataset.num_classes
+        if pred.size and pred.max() >= k:
+            raise ValueError(
+                f"{self.files[index]} holds ids outside the table: {np.unique(pred[pred >= k]).tolist()}; "
+                f"expected 0..{k - 1}, one of {k} clusters or classes for every pixel"
+            )
+        return self.protocol.prediction(pred, label.shape), self.protocol.label(label)
+
+
+def _required(label: np.ndarray | None, dataset: Any, index: int) -> np.ndarray:
+    if label is None:
+        raise ValueError(f"image {_name(dataset, index)} of {dataset.name!r} has no label to score against")
+    return label
+
+
+def _readable(items: list[tuple], dataset: Any, skipped: list[Skip]) -> list[tuple]:
+    """Return what could be read; append what could not be decoded to `skipped`, and raise any other error."""
+    for index, _, error in items:
+        if isinstance(error, CorruptImageError):
+            skipped.append(Skip(_name(dataset, index), str(error)))
+        elif error is not None:
+            raise error
+    return [read for _, read, error in items if error is None]
+
+
+def _name(dataset: Any, index: int) -> str:
+    return getattr(dataset, "image_name", str)(index)
+
+
+def _label(dataset: Any, index: int) -> np.ndarray | None:
+    """Return a label without decoding the image where the data set can do that."""
+    return dataset.read_label(index) if hasattr(dataset, "read_label") else dataset.raw(index)[1]
+
+
+def _batches(work: _Work, batch: int, workers: int, progress: bool) -> Iterator[list]:
+    loader = DataLoader(
+        work,
+        batch_size=batch,
+        num_workers=min(workers, len(work)),
+        collate_fn=_as_it_is,
+    )
+    if not (progress and distributed.is_main()):
+        return iter(loader)
+    from tqdm import tqdm
+
+    return iter(tqdm(loader, desc="evaluation", unit="batch", leave=False))
+
+
+def _indices(dataset: Any, protocol: Protocol) -> tuple[list[int], bool]:
+    """Return the images to score, and whether they are the curated ones."""
+    curated = getattr(dataset, "curated", None)
+    chosen = curated() if curated and protocol.curated else None
+    if chosen is not None:
+        return chosen, True
+    return list(range(dataset.images if hasattr(dataset, "images") else len(dataset))), False
+
+
+def _checked(dataset: Any, protocol: Protocol | str, batch: int, workers: int) -> Protocol:
+    if batch < 1 or workers < 0:
+        raise ValueError(f"expected batch >= 1 and workers >= 0, got {batch=} {workers=}")
+    if getattr(dataset, "labels_from", "") is None:
+        raise ValueError(f"data set {dataset.name!r} has no labels to score against")
+    return Protocol(protocol) if isinstance(protocol, str) else protocol
+
+
+@torch.no_grad()
+def evaluate(
+    predict_fn: Callable[[Tensor], Tensor],
+    dataset: Any,
+    protocol: Protocol | str,
+    *,
+    batch: int = 16,
+    workers: int = 0,
+    progress: bool = False,
+    method: str = "this run",
+) -> Report:
+    """Score a network on a data set; every process takes its share and all return the same report.
+
+    The histogram is of integers, no image is counted twice, and nothing is padded: the result does not depend on the
+    number of processes, nor on `batch` as far as `predict_fn` does not.
+
+    Args:
+        predict_fn: normalised images float32 `[B, 3, S, S]`, S = `protocol.size`, on the CPU -> logits `[B, K, h, w]`
+            of any size and device, K = `dataset.num_classes`. Logits are upsampled, bilinear, to the label's size.
+        dataset: a validation set with labels (:mod:`dmsa.data`); `raw` is read, its own transform is not used.
+        protocol: how to score; a name means the papers' size of 320.
+        batch: images per call of `predict_fn`.
+        workers: processes that decode images.
+        progress: show a progress bar on rank 0.
+        method: name of the row in the report.
+
+    Raises:
+        ValueError: no labels, unknown ids in a label (the message names the file), or logits of another shape.
+        FileNotFoundError: the protocol needs a curated list that has not been made.
+    """
+    protocol = _checked(dataset, protocol, batch, workers)
+    indices, curated = _indices(dataset, protocol)
+    share = distributed.shard(len(indices))
+    work = _Work(np.asarray(indices)[share.start : share.stop], _ReadImage(dataset, protocol))
+    histogram = Histogram(dataset.num_classes)
+    skipped: list[Skip] = []
+    for items in _batches(work, batch, workers, progress):
+        good = _readable(items, dataset, skipped)
+        if not good:
+            continue
+        images = normalise(torch.stack([image for image, _ in good]))
+        logits = predict_fn(images)
+        if logits.ndim != 4 or logits.shape[:2] != (len(good), dataset.num_classes):
+            raise ValueError(
+                f"expected logits [B, K, h, w] with B = {len(good)} and K = {dataset.num_classes}, got {logits.shape=}"
+            )
+        for pred, label in zip(_argmax(logits, [label.shape for _, label in good]), good, strict=True):
+            histogram.update(pred, label[1])
+    return _report(dataset, protocol, curated, len(indices), histogram, skipped, [], method, True)
+
+
+def _argmax(logits: Tensor, sizes: list[tuple[int, int]]) -> Iterable[np.ndarray]:
+    """Yield the argmax of `logits` `[B, K, h, w]` upsampled to each image's size, uint8, in bounded memory."""
+    start = 0
+    for (height, width), run in itertools.groupby(sizes):
+        end = start + len(list(run))
+        step = max(1, UPSAMPLED_VALUES // (logits.shape[1] * height * width))
+        for first in range(start, end, step):
+            part = logits[first : min(first + step, end)].float()
+            full = F.interpolate(part, (height, width), mode="bilinear", align_corners=False)
+            yield from full.argmax(1).to(torch.uint8).cpu().numpy()
+        start = end
+
+
+def evaluate_predictions(
+    folder: str | Path,
+    dataset: Any,
+    protocol: Protocol | str,
+    *,
+    match: bool = True,
+    allow_missing: bool = False,
+    batch: int = 16,
+    workers: int = 0,
+    progress: bool = False,
+    method: str | None = None,
+) -> Report:
+    """Score a folder of predicted masks, of whatever method.
+
+    Args:
+        folder: PNG files, palette or 8-bit grey, with ids 0..K-1 as pixels, named as the images; of the annotation's
+            size, of the protocol's, or of any other size, which is taken as a mask of the whole image.
+        dataset: a validation set with labels.
+        protocol: how to score.
+        match: ids are clusters, to be matched to classes; otherwise they are class ids.
+        allow_missing: score the images that have a prediction when others have none; the report lists those.
+        batch: images read at a time.
+        workers: processes that decode masks.
+        progress: show a progress bar on rank 0.
+        method: name of the row in the report; the folder's name if unset.
+
+    Raises:
+        FileNotFoundError: no folder, or images without a prediction (the first few and their number).
+        ValueError: ids outside the table; the message names the file and the ids.
+    """
+    protocol = _checked(dataset, protocol, batch, workers)
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder of predictions {folder}")
+    indices, curated = _indices(dataset, protocol)
+    found = {os.path.splitext(f)[0]: folder / f for f in walk(folder) if f.lower().endswith(".png")}
+    by_stem = {Path(name).name: path for name, path in found.items()}
+    files, missing = {}, []
+    for index in indices:
+        name = _name(dataset, index)
+        path = found.get(name) or by_stem.get(Path(name).name)
+        if path is None:
+            missing.append(name)
+        else:
+            files[index] = path
+    if missing and (not allow_missing or not files):
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(indices)} images of {dataset.name} val have no prediction in {folder}: "
+            f"{few([f'{name}.png' for name in missing])}. Predictions are PNG files named as the images; "
+            "--allow-missing scores the others"
+        )
+    scored = [index for index in indices if index in files]
+    share = distributed.shard(len(scored))
+    work = _Work(np.asarray(scored)[share.start : share.stop], _ReadMasks(dataset, protocol, files))
+    histogram = Histogram(dataset.num_classes)
+    skipped: list[Skip] = []
+    for items in _batches(work, batch, workers, progress):
+        for pred, label in _readable(items, dataset, skipped):
+            histogram.update(pred, label)
+    name = method or folder.resolve().name
+    return _report(dataset, protocol, curated, len(indices), histogram, skipped, missing, name, match)
+
+
+def _report(
+    dataset: Any,
+    protocol: Protocol,
+    curated: bool,
+    wanted: int,
+    histogram: Histogram,
+    skipped: list[Skip],
+    missing: list[str],
+    method: str,
+    match: bool,
+) -> Report:
+    skipped = list(itertools.chain.from_iterable(distributed.gather_objects(skipped)))
+    things = things_of(dataset)
+    kinds = ["thing" if thing else "stuff" for thing in things]
+    if dataset.things_only:
+        kinds[0] = "background"
+    return Report(
+        method=method,
+        dataset=dataset.name,
+        classes=list(dataset.classes),
+        kinds=kinds,
+        labels_from=getattr(dataset, "labels_from", None) or "the data set itself",
+        protocol=protocol,
+        conditions=protocol.describe(curated),
+        scores=scores(histogram.reduce(), match=match, things=things),
+        images=wanted - len(skipped) - len(missing),
+        wanted=wanted,
+        skipped=skipped,
+        missing=missing,
+        partial=getattr(dataset, "total", 0) > getattr(dataset, "images", 0),
+        matched=match,
+    )
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """Score a checkpoint, or a folder of predicted masks of any method, and print the paper's rows beside it."""
+
+    predictions: str | None = None
+    """Folder of predicted PNG masks (palette or grey, ids as pixels), named as the images."""
+    checkpoint: str | None = None
+    """Run folder or checkpoint file of a training run."""
+    name: Literal["shapes", "voc", "voc_aug", "coco80", "coco_stuff27", "folder"] | None = None
+    """Data set; a checkpoint knows its own."""
+    root: str | None = None
+    """Folder of the data set; a checkpoint knows its own."""
+    protocol: Literal["transfgu", "stego", "native"] = "transfgu"
+    """transfgu: the paper's tables. stego: curated set, centre crop. native: the annotation's own size."""
+    size: int | None = None
+    """Side in pixels of the network's input: 320 if unset, or what the checkpoint was trained with."""
+    images: int | None = None
+    """Score only so many images, spread over the set; such a score is not comparable."""
+    match: bool = True
+    """Match predicted ids to classes (one Hungarian match); off: predictions are class ids already."""
+    allow_missing: bool = False
+    """Score a folder although some images have no prediction; the report says how many."""
+    method: str | None = None
+    """Name of this row in the tables."""
+    format: Literal["text", "markdown", "json"] = "text"
+    """What is printed."""
+    out: str | None = None
+    """Folder for eval.txt, eval.md, eval.json and confusion.png."""
+    batch: int = 16
+    """Images per forward pass."""
+    workers: int = 2
+    """Processes that decode images."""
+
+
+def main(argv: list[str]) -> int:
+    """Run `dmsa eval` with `argv` and return the exit status.
+
+    Raises:
+        ValueError: options that contradict each other, or bad data.
+        FileNotFoundError: files are missing.
+    """
+    import tyro
+
+    options = tyro.cli(EvalOptions, args=argv, prog="dmsa eval")
+    if (options.predictions is None) == (options.checkpoint is None):
+        raise ValueError(
+            "expected one of --predictions and --checkpoint, got " + ("both" if options.checkpoint else "none")
+        )
+    with distributed.process_group():
+        report = _run(options)
+        if not distributed.is_main():
+            return 0
+        print({"text": report.text, "markdown": report.markdown, "json": report.json}[options.format]())
+        if options.out is not None:
+            written = report.write(options.out)
+            print(f"wrote {', '.join(map(str, written))}", file=sys.stderr)
+    return 0
+
+
+def _run(options: EvalOptions) -> Report:
+    import dataclasses
+
+    from dmsa.config import DataConfig
+    from dmsa.data import build
+
+    if options.checkpoint is None:
+        if options.name is None:
+            raise ValueError("--predictions needs --name, the data set to score against")
+        config, seed = DataConfig(name=options.name), 0
+        predictor = None
+    else:
+        from dmsa.engine.predict import load_predictor
+
+        predictor = load_predictor(options.checkpoint)
+        config, seed = predictor.config.data, predictor.config.train.seed
+    changes: dict[str, Any] = {"val_images": options.images or config.val_images}
+    if options.name is not None:
+        changes["name"] = options.name
+    if options.root is not None:
+        changes["root"] = options.root
+    if options.size is not None:
+        changes["size"] = options.size
+    config = dataclasses.replace(config, **changes)
+    dataset = build(config, "val", seed)
+    protocol = Protocol(options.protocol, config.size)
+    common = {"batch": options.batch, "workers": options.workers, "progress": sys.stderr.isatty()}
+    if predictor is None:
+        return evaluate_predictions(
+            options.predictions,
+            dataset,
+            protocol,
+            match=options.match,
+            allow_missing=options.allow_missing,
+            method=options.method,
+            **common,
+        )
+    name = options.method or Path(options.checkpoint).name
+    return evaluate(lambda images: predictor.predict(images, None), dataset, protocol, method=name, **common)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
