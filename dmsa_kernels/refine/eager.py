@@ -1,0 +1,443 @@
+"""The fast path without Triton: replicate-padded slices accumulated in place, with explicit backward formulas.
+
+No tensor larger than the affinity [B, P, H, W] or the masks exists: a tap is a view of a padded plane, and its
+product is accumulated in place. Two layouts compute the propagation:
+
+- padded planes: P ``addcmul_`` calls an iteration, every one over all rows; best for few classes;
+- a gathered sum over rows of C values (``embedding_bag``: the sum over taps stays in registers); best for many
+  classes, on the CPU in float32.
+
+Maths is in float32, or in float64 for float64 tensors.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dmsa_kernels.refine.labels import largest
+from dmsa_kernels.refine.spec import offsets, position_vector, sigma_centre_count
+
+# Elements of one sweep's operand on the CPU: small enough for two cores' L2 caches, large enough to hide the call.
+SWEEP_ELEMENTS = 1 << 18
+# Elements of one sweep's operand on an accelerator, where only memory bounds the chunk.
+DEVICE_SWEEP_ELEMENTS = 1 << 26
+# The gathered sum copies an image's affinity into another order and indexes it; above this many weights it is not used.
+GATHER_WEIGHTS = 1 << 26
+# From this many classes on the gathered sum beats padded planes (measured, benchmarks/NOTES.md).
+GATHER_CLASSES = 6
+
+
+class _Padded:
+    """Planes [..., H, W] inside a buffer that is padded by replication, and the views of their P neighbours.
+
+    The margin is cut at the map's size: a neighbour further away is the border pixel in any case.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dilations: list[int], dtype: torch.dtype, device: torch.device):
+        *batch, height, width = shape
+        self.shifts = [
+            (max(-height + 1, min(height - 1, dy)), max(-width + 1, min(width - 1, dx)))
+            for dy, dx in offsets(dilations)
+        ]
+        self.top = max(dy for dy, _ in self.shifts)
+        self.left = max(dx for _, dx in self.shifts)
+        self.height, self.width = height, width
+        self.buffer = torch.empty(
+            (*batch, height + 2 * self.top, width + 2 * self.left), dtype=dtype, device=device
+        )  # [..., H + 2 top, W + 2 left]
+        self.inner = self.rows(0, height)
+        self.views = self.neighbours(0, height)
+
+    def rows(self, start: int, stop: int, dy: int = 0, dx: int = 0) -> Tensor:
+        """View [..., stop - start, W] of the rows ``start:stop`` moved by (dy, dx)."""
+        top, left = self.top + start + dy, self.left + dx
+        return self.buffer[..., top : top + stop - start, left : left + self.width]
+
+    def neighbours(self, start: int, stop: int) -> list[Tensor]:
+        """The P views of the neighbours of the rows ``start:stop``, each [..., stop - start, W]."""
+        return [self.rows(start, stop, dy, dx) for dy, dx in self.shifts]
+
+    def fill(self) -> None:
+        """Replicate the border of ``inner`` into the margin."""
+        top, left, bottom, right = self.top, self.left, self.top + self.height, self.left + self.width
+        middle = self.buffer[..., top:bottom, :]
+        if left:
+            middle[..., :left] = middle[..., left : left + 1]
+            middle[..., right:] = middle[..., right - 1 : right]
+        if top:
+            self.buffer[..., :top, :] = self.buffer[..., top : top + 1, :]
+            self.buffer[..., bottom:, :] = self.buffer[..., bottom - 1 : bottom, :]
+
+    def fold(self) -> None:
+        """Add the margin to the border of ``inner``: the adjoint of :meth:`fill`."""
+        top, left, bottom, right = self.top, self.left, self.top + self.height, self.left + self.width
+        if top:
+            self.buffer[..., top, :] += self.buffer[..., :top, :].sum(-2)
+            self.buffer[..., bottom - 1, :] += self.buffer[..., bottom:, :].sum(-2)
+        if left:
+            middle = self.buffer[..., top:bottom, :]
+            middle[..., left] += middle[..., :left].sum(-1)
+            middle[..., right - 1] += middle[..., right:].sum(-1)
+
+
+def _compute_dtype(*tensors: Tensor) -> torch.dtype:
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def _sweep_elements(device: torch.device) -> int:
+    return SWEEP_ELEMENTS if device.type == "cpu" else DEVICE_SWEEP_ELEMENTS
+
+
+def _bands(height: int, row_elements: int, device: torch.device) -> list[tuple[int, int]]:
+    """Rows ``start:stop`` of the bands in which a map is swept, about equally high."""
+    rows = max(1, _sweep_elements(device) // max(1, row_elements))
+    count = -(-height // rows)
+    return [(height * i // count, height * (i + 1) // count) for i in range(count)]
+
+
+class _Guide:
+    """A padded guide image [b, K, H, W] and the constants of its affinity."""
+
+    def __init__(self, image: Tensor, dilations: list[int], exponent: float, alpha: float, sigma: str, eps: float):
+        dtype = _compute_dtype(image)
+        self.dilations, self.exponent, self.alpha, self.sigma, self.eps = dilations, exponent, alpha, sigma, eps
+        self.padded = _Padded(tuple(image.shape), dilations, dtype, image.device)
+        self.padded.inner.copy_(image)
+        self.padded.fill()
+
+    def deviation(self, start: int, stop: int) -> tuple[Tensor | None, Tensor]:
+        """Mean and standard deviation, [b, K, rows, W], over the neighbourhoods of the rows (None and 1 for "none").
+
+        Two sweeps, the second around the mean of the first and corrected by its own sum: a mean that is rounded
+        leaves no trace in the variance, however large the values are beside their spread.
+        """
+        centre = self.padded.rows(start, stop)
+        if self.sigma == "none":
+            return None, torch.ones_like(centre)
+        neighbours = self.padded.neighbours(start, stop)
+        copies = sigma_centre_count(self.sigma, self.dilations)
+        count = len(neighbours) + copies
+        mean = centre * copies
+        for neighbour in neighbours:
+            mean.add_(neighbour)
+        mean.div_(count)
+        step = centre - mean
+        linear = step * copies
+        square = step.square().mul_(copies)
+        for neighbour in neighbours:
+            torch.sub(neighbour, mean, out=step)
+            square.addcmul_(step, step)
+            linear.add_(step)
+        correction = linear.div_(count)
+        variance = square.addcmul_(correction, correction, value=-count).clamp_min_(0).div_(count - 1)
+        return mean.add_(correction), variance.sqrt_()
+
+    def inverse_scale(self, sigma: Tensor) -> Tensor:
+        """``1 / (alpha * sigma + eps)``, in place of ``sigma``."""
+        return sigma.mul_(self.alpha).add_(self.eps).reciprocal_()
+
+    def softmax(self, start: int, stop: int, inverse: Tensor, out: Tensor) -> Tensor:
+        """Write the softmax over neighbours into out [b, P, rows, W]; ``inverse`` is :meth:`inverse_scale`."""
+        centre = self.padded.rows(start, stop)
+        channels = centre.shape[1]
+        step = torch.empty_like(inverse)
+        # The mean over channels goes into the scale, so that a score is a plain sum of squares (or magnitudes).
+        scale = inverse / channels ** (1 / self.exponent)
+        for p, neighbour in enumerate(self.padded.neighbours(start, stop)):
+            torch.sub(neighbour, centre, out=step).mul_(scale)
+            score = out[:, p]
+            if self.exponent == 2:
+                torch.mul(step[:, 0], step[:, 0], out=score)
+                for k in range(1, channels):
+                    score.addcmul_(step[:, k], step[:, k])
+            else:
+                torch.sum(step.abs_(), 1, out=score)
+        torch.sub(out.amin(1, keepdim=True), out, out=out).exp_()
+        return out.mul_(out.sum(1, keepdim=True).reciprocal_())
+
+    def images(self) -> int:
+        return self.padded.buffer.shape[0]
+
+
+def _image_chunks(image: Tensor) -> list[slice]:
+    """Images swept together: one by one on the CPU, where a map fills the caches, all on an accelerator."""
+    batch = image.shape[0]
+    step = 1 if image.device.type == "cpu" else max(1, batch)
+    return [slice(i, i + step) for i in range(0, batch, step)]
+
+
+def local_affinity(
+    image: Tensor,
+    dilations: list[int],
+    *,
+    exponent: float,
+    alpha: float,
+    sigma: str,
+    eps: float,
+    position_weight: float,
+    fast: bool,
+) -> Tensor:
+    """Weights [B, P, H, W] of the P = 8 * D neighbours of every pixel of image [B, K, H, W]."""
+    batch, channels, height, width = image.shape
+    dtype = _compute_dtype(image)
+    position = torch.tensor(position_vector(dilations, alpha, eps, position_weight), dtype=dtype).to(image.device)
+    position = position.view(1, -1, 1, 1)
+    taps = 8 * len(dilations)
+    weights = torch.empty(
+        (batch, taps, height, width), dtype=torch.float16 if fast else dtype, device=image.device
+    )
+    for chunk in _image_chunks(image):
+        guide = _Guide(image[chunk], dilations, exponent, alpha, sigma, eps)
+        for start, stop in _bands(height, guide.images() * channels * width, image.device):
+            _, deviation = guide.deviation(start, stop)
+            out = weights[chunk, :, start:stop]
+            band = torch.empty_like(out, dtype=dtype) if fast else out
+            guide.softmax(start, stop, guide.inverse_scale(deviation), band)
+            if position_weight:
+                band.add_(position)
+            if fast:
+                out.copy_(band)
+    return weights
+
+
+def local_affinity_backward(
+    grad_weights: Tensor,
+    image: Tensor,
+    dilations: list[int],
+    *,
+    exponent: float,
+    alpha: float,
+    sigma: str,
+    eps: float,
+    position_weight: float,
+) -> Tensor:
+    """Gradient [B, K, H, W] of the image; the affinity is computed again, band by band.
+
+    With ``s`` the softmax, ``h_p = s_p (G_p - sum_j s_j G_j)``, ``z = r / (alpha sigma + eps)`` and e the exponent,
+    a neighbour receives ``-e/K h_p sign(z) |z|^(e-1) / (alpha sigma + eps)``, the centre the negative of it, and sigma
+    receives ``alpha e/K sum_p h_p |z|^e / (alpha sigma + eps)``, which it passes on to its samples as
+    ``(x - mean) / ((n - 1) sigma)`` (nothing where sigma is 0).
+    """
+    channels, height, width = image.shape[1:]
+    dtype = _compute_dtype(image)
+    grad_image = torch.empty_like(image)
+    for chunk in _image_chunks(image):
+        guide = _Guide(image[chunk], dilations, exponent, alpha, sigma, eps)
+        shape = (guide.images(), channels, height, width)
+        grads = _Padded(shape, dilations, dtype, image.device)
+        grads.buffer.zero_()
+        for start, stop in _bands(height, guide.images() * channels * width, image.device):
+            mean, deviation = guide.deviation(start, stop)
+            inverse = guide.inverse_scale(deviation.clone())
+            grad = grad_weights[chunk, :, start:stop].to(dtype)
+            share = guide.softmax(start, stop, inverse, torch.empty_like(grad))
+            grad = share.mul_(grad - (share * grad).sum(1, keepdim=True))  # h, [b, P, rows, W]
+            _scatter_affinity_band(guide, grads, start, stop, grad, mean, deviation, inverse)
+        grads.fold()
+        grad_image[chunk] = grads.inner
+    return grad_image
+
+
+def _scatter_affinity_band(
+    guide: _Guide,
+    grads: _Padded,
+    start: int,
+    stop: int,
+    grad_scores: Tensor,
+    mean: Tensor | None,
+    deviation: Tensor,
+    inverse: Tensor,
+) -> None:
+    """Add the image gradient of one band of scores [b, P, rows, W] to ``grads``."""
+    centre, grad_centre = guide.padded.rows(start, stop), grads.rows(start, stop)
+    neighbours, grad_neighbours = guide.padded.neighbours(start, stop), grads.neighbours(start, stop)
+    factor = -guide.exponent / centre.shape[1]
+    grad_sigma = torch.zeros_like(inverse)
+    step = torch.empty_like(inverse)
+    for p, neighbour in enumerate(neighbours):
+        torch.sub(neighbour, centre, out=step).mul_(inverse)  # z
+        grad_score = grad_scores[:, p : p + 1] * factor
+        if guide.exponent == 2:
+            slope = step * grad_score
+            grad_sigma.addcmul_(slope, step)
+        else:
+            slope = step.sign() * grad_score
+            grad_sigma.addcmul_(slope, step)
+        slope.mul_(inverse)
+        grad_neighbours[p].add_(slope)
+        grad_centre.sub_(slope)
+    if mean is None:
+        return
+    copies = sigma_centre_count(guide.sigma, guide.dilations)
+    spread = deviation * (len(neighbours) + copies - 1)
+    per_sample = grad_sigma.mul_(inverse).mul_(-guide.alpha).div_(spread).masked_fill_(deviation == 0, 0.0)
+    for neighbour, grad_neighbour in zip(neighbours, grad_neighbours, strict=True):
+        torch.sub(neighbour, mean, out=step)
+        grad_neighbour.addcmul_(step, per_sample)
+    grad_centre.addcmul_(torch.sub(centre, mean, out=step), per_sample, value=copies)
+
+
+def _gathers(weights: Tensor, classes: int) -> bool:
+    """Whether the gathered sum runs: it depends on nothing but one image's own shape, so a batch equals its images."""
+    taps, height, width = weights.shape[1:]
+    return (
+        weights.device.type == "cpu"
+        and weights.dtype != torch.float64
+        and classes >= GATHER_CLASSES
+        and taps * height * width <= GATHER_WEIGHTS
+    )
+
+
+def _neighbour_indices(height: int, width: int, dilations: list[int]) -> Tensor:
+    """Flat index of every pixel's neighbours, int32 [H * W, P], on the CPU."""
+    shifts = torch.tensor(offsets(dilations), dtype=torch.int32)  # [P, 2]
+    rows = torch.arange(height, dtype=torch.int32).unsqueeze(1) + shifts[:, 0]
+    columns = torch.arange(width, dtype=torch.int32).unsqueeze(1) + shifts[:, 1]
+    rows = rows.clamp_(0, height - 1).mul_(width)  # [H, P]
+    return (rows.unsqueeze(1) + columns.clamp_(0, width - 1)).flatten(0, 1)
+
+
+def _propagate_gathered(weights: Tensor, masks: Tensor, indices: Tensor, num_iter: int) -> Tensor:
+    """One image: weights [P, H, W], masks [C, H, W], indices [H * W, P] -> [C, H, W] (strided)."""
+    height, width = masks.shape[1:]
+    per_pixel = weights.float().flatten(1).t().contiguous()  # [H * W, P]
+    table = masks.float().flatten(1).t().contiguous()  # [H * W, C]
+    for _ in range(num_iter):
+        table = F.embedding_bag(indices, table, per_sample_weights=per_pixel, mode="sum")
+    return table.t().unflatten(1, (height, width))
+
+
+def _propagate_padded(weights: Tensor, masks: Tensor, dilations: list[int], num_iter: int, out: Tensor) -> None:
+    """weights [b, P, H, W], masks and out [b, C, H, W]; as many planes at a time as the caches hold."""
+    batch, classes, height, width = masks.shape
+    dtype = _compute_dtype(weights, masks)
+    taps = [weights[:, p : p + 1].to(dtype) for p in range(weights.shape[1])]
+    planes = max(1, _sweep_elements(masks.device) * 2 // (batch * height * width))
+    for first in range(0, classes, planes):
+        chunk = slice(first, min(classes, first + planes))
+        shape = (batch, chunk.stop - chunk.start, height, width)
+        source = _Padded(shape, dilations, dtype, masks.device)
+        target = _Padded(shape, dilations, dtype, masks.device)
+        source.inner.copy_(masks[:, chunk])
+        for _ in range(num_iter):
+            source.fill()
+            _step(source, taps, target.inner)
+            source, target = target, source
+        out[:, chunk] = source.inner
+
+
+def _step(source: _Padded, taps: list[Tensor], out: Tensor) -> None:
+    """out <- sum_p taps[p] * neighbour_p of the filled ``source``."""
+    torch.mul(source.views[0], taps[0], out=out)
+    for neighbour, tap in zip(source.views[1:], taps[1:], strict=True):
+        out.addcmul_(neighbour, tap)
+
+
+def propagate(
+    weights: Tensor, masks: Tensor, dilations: list[int], num_iter: int, valid_classes: Tensor | None
+) -> Tensor:
+    """``num_iter`` times ``masks(q) <- sum_p weights_p(q) * masks(q + o_p)``; masks and result [B, C, H, W]."""
+    if valid_classes is not None and masks.device.type != "cpu":
+        # Counting the valid planes would stop the device; they are computed on zeros instead.
+        keep = valid_classes[:, :, None, None]
+        out = propagate(weights, masks.where(keep, 0.0), dilations, num_iter, None)
+        return torch.empty_like(masks).copy_(out.where(keep, 0.0))
+    out = torch.empty_like(masks)
+    indices = None
+    for chunk in _image_chunks(masks):
+        planes, result = masks[chunk], out[chunk]
+        if valid_classes is not None:
+            chosen = valid_classes[chunk][0]
+            result.zero_()
+            planes = planes[:, chosen]
+            result = torch.empty_like(planes)
+        if planes.shape[1] == 0:
+            continue
+        if _gathers(weights, planes.shape[1]) and masks.dtype != torch.float64:
+            if indices is None:
+                indices = _neighbour_indices(*masks.shape[2:], dilations)
+            result[0] = _propagate_gathered(weights[chunk][0], planes[0], indices, num_iter)
+        else:
+            _propagate_padded(weights[chunk], planes, dilations, num_iter, result)
+        if valid_classes is not None:
+            out[chunk][:, chosen] = result
+    return out
+
+
+def propagate_labels(
+    weights: Tensor, masks: Tensor, dilations: list[int], num_iter: int, valid_classes: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The class of the largest propagated value among the valid classes and that value, both [B, H, W]."""
+    return largest(propagate(weights, masks, dilations, num_iter, valid_classes), valid_classes)
+
+
+def propagate_backward(
+    grad: Tensor,
+    weights: Tensor,
+    masks: Tensor,
+    dilations: list[int],
+    num_iter: int,
+    valid_classes: Tensor | None,
+    *,
+    need_weights: bool,
+    need_masks: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the weights [B, P, H, W] and of the masks [B, C, H, W]; empty if not needed.
+
+    Masks: the transposed step, a scatter into the padded planes, ``num_iter`` times. Weights: the planes of all
+    iterations are computed again, one class at a time, and ``grad_w_p += grad_t * neighbour_p(masks_t)``.
+    """
+    dtype = _compute_dtype(weights, masks)
+    if valid_classes is not None:
+        keep = valid_classes[:, :, None, None]
+        grad, masks = grad.where(keep, 0.0), masks.where(keep, 0.0)
+    grad_weights = torch.zeros(weights.shape if need_weights else 0, dtype=dtype, device=weights.device)
+    grad_masks = torch.empty_like(masks) if need_masks else masks.new_empty(0)
+    batch, classes, height, width = masks.shape
+    for chunk in _image_chunks(masks):
+        taps = [weights[chunk, p : p + 1].to(dtype) for p in range(weights.shape[1])]
+        rows = _image_count(chunk, batch) * height * width
+        planes = 1 if need_weights else max(1, _sweep_elements(masks.device) * 2 // rows)
+        for first in range(0, classes, planes):
+            these = slice(first, min(classes, first + planes))
+            history = _history(masks[chunk, these], taps, dilations, num_iter, dtype) if need_weights else []
+            upstream = grad[chunk, these].to(dtype)
+            for t in reversed(range(num_iter)):
+                if need_weights:
+                    for p, neighbour in enumerate(history[t].views):
+                        grad_weights[chunk, p : p + 1].addcmul_(upstream, neighbour)
+                if need_masks or t > 0:
+                    upstream = _transposed_step(upstream, taps, dilations)
+            if need_masks:
+                grad_masks[chunk, these] = upstream
+    if need_masks and valid_classes is not None:
+        grad_masks = torch.empty_like(masks).copy_(grad_masks.where(keep, 0.0))
+    return grad_weights.to(weights.dtype), grad_masks
+
+
+def _image_count(chunk: slice, batch: int) -> int:
+    return len(range(*chunk.indices(batch)))
+
+
+def _history(masks: Tensor, taps: list[Tensor], dilations: list[int], num_iter: int, dtype: torch.dtype) -> list[_Padded]:
+    """The filled planes before each iteration; masks [b, c, H, W]."""
+    planes = [_Padded(tuple(masks.shape), dilations, dtype, masks.device) for _ in range(num_iter)]
+    for t, source in enumerate(planes):
+        if t == 0:
+            source.inner.copy_(masks)
+        else:
+            _step(planes[t - 1], taps, source.inner)
+        source.fill()
+    return planes
+
+
+def _transposed_step(grad: Tensor, taps: list[Tensor], dilations: list[int]) -> Tensor:
+    """Adjoint of one step: grad [b, c, H, W] is scattered to the neighbours it came from."""
+    padded = _Padded(tuple(grad.shape), dilations, grad.dtype, grad.device)
+    padded.buffer.zero_()
+    for neighbour, tap in zip(padded.views, taps, strict=True):
+        neighbour.addcmul_(grad, tap)
+    padded.fold()
+    return padded.inner

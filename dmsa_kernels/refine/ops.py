@@ -1,0 +1,264 @@
+"""The registered operators ``dmsa_kernels::{local_affinity, propagate, propagate_labels}`` and their backwards.
+
+Schemas, fake implementations and autograd; a backend's module is imported inside the operator that needs it.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dmsa_kernels.backend import resolve
+from dmsa_kernels.refine import eager, reference
+from dmsa_kernels.refine.labels import merge_larger
+
+# Elements of the planes that exist at full resolution at a time while labels are computed (fp32: 256 MB).
+LABEL_ELEMENTS = 1 << 26
+
+_SPEC = "int[] dilations, float exponent, float alpha, str sigma, float eps, float position_weight"
+_library = torch.library.Library("dmsa_kernels", "FRAGMENT")
+_library.define(f"local_affinity(Tensor image, {_SPEC}, bool fast, str backend) -> Tensor")
+_library.define(f"local_affinity_backward(Tensor grad_weights, Tensor image, {_SPEC}, str backend) -> Tensor")
+_library.define(
+    "propagate(Tensor weights, Tensor masks, int[] dilations, int num_iter, Tensor? valid_classes, str backend)"
+    " -> Tensor"
+)
+_library.define(
+    "propagate_labels(Tensor weights, Tensor masks, int[] dilations, int num_iter, Tensor? valid_classes, str backend)"
+    " -> (Tensor labels, Tensor values)"
+)
+_library.define(
+    "propagate_backward(Tensor grad, Tensor weights, Tensor masks, int[] dilations, int num_iter,"
+    " Tensor? valid_classes, bool need_weights, bool need_masks, str backend)"
+    " -> (Tensor grad_weights, Tensor grad_masks)"
+)
+
+
+def _implementation(backend: str, launcher: str, *tensors: Tensor) -> ModuleType:
+    """The module that computes on ``tensors``; ``launcher`` names the file of the Triton kernels."""
+    name = resolve(backend, *tensors)
+    if name == "eager":
+        return eager
+    if name == "reference":
+        return reference
+    if launcher == "affinity":
+        from dmsa_kernels.refine.triton import affinity as module
+    elif launcher == "propagate":
+        from dmsa_kernels.refine.triton import propagate as module
+    else:
+        from dmsa_kernels.refine.triton import backward as module
+    return module
+
+
+def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear, ``align_corners=True``, in float32 (float64 stays); x [B, C, h, w] -> [B, C, *size]."""
+    if tuple(x.shape[-2:]) == tuple(size):
+        return x
+    if x.dtype != torch.float64:
+        x = x.float()
+    if 0 in x.shape[:2]:
+        return x.new_zeros((*x.shape[:2], *size)) + x.sum()  # interpolate refuses empty tensors
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=True)
+
+
+# --- the affinity
+
+
+def _local_affinity(
+    image: Tensor,
+    dilations: list[int],
+    exponent: float,
+    alpha: float,
+    sigma: str,
+    eps: float,
+    position_weight: float,
+    fast: bool,
+    backend: str,
+) -> Tensor:
+    return _implementation(backend, "affinity", image).local_affinity(
+        image,
+        dilations,
+        exponent=exponent,
+        alpha=alpha,
+        sigma=sigma,
+        eps=eps,
+        position_weight=position_weight,
+        fast=fast,
+    )
+
+
+def _local_affinity_fake(image: Tensor, dilations: list[int], *spec: object) -> Tensor:
+    fast = spec[-2]
+    dtype = torch.float16 if fast else torch.float64 if image.dtype == torch.float64 else torch.float32
+    batch, _, height, width = image.shape
+    return image.new_empty((batch, 8 * len(dilations), height, width), dtype=dtype)
+
+
+def _local_affinity_setup(ctx, inputs, output) -> None:
+    image, *ctx.spec, _fast, ctx.backend = inputs
+    ctx.save_for_backward(image)
+
+
+def _local_affinity_autograd(ctx, grad_weights: Tensor):
+    (image,) = ctx.saved_tensors
+    grad_image = torch.ops.dmsa_kernels.local_affinity_backward(grad_weights, image, *ctx.spec, ctx.backend)
+    return (grad_image, *[None] * (len(ctx.spec) + 2))
+
+
+def _local_affinity_backward(
+    grad_weights: Tensor,
+    image: Tensor,
+    dilations: list[int],
+    exponent: float,
+    alpha: float,
+    sigma: str,
+    eps: float,
+    position_weight: float,
+    backend: str,
+) -> Tensor:
+    return _implementation(backend, "backward", grad_weights, image).local_affinity_backward(
+        grad_weights,
+        image,
+        dilations,
+        exponent=exponent,
+        alpha=alpha,
+        sigma=sigma,
+        eps=eps,
+        position_weight=position_weight,
+    )
+
+
+def _local_affinity_backward_fake(grad_weights: Tensor, image: Tensor, *spec: object) -> Tensor:
+    return torch.empty_like(image)
+
+
+# --- the propagation
+
+
+def _propagate(
+    weights: Tensor, masks: Tensor, dilations: list[int], num_iter: int, valid_classes: Tensor | None, backend: str
+) -> Tensor:
+    module = _implementation(backend, "propagate", weights, masks)
+    return module.propagate(weights, masks, dilations, num_iter, valid_classes)
+
+
+def _propagate_fake(weights: Tensor, masks: Tensor, *arguments: object) -> Tensor:
+    return torch.empty_like(masks)
+
+
+def _propagate_setup(ctx, inputs, output) -> None:
+    weights, masks, ctx.dilations, ctx.num_iter, valid_classes, ctx.backend = inputs
+    ctx.save_for_backward(weights, masks, valid_classes)
+
+
+def _propagate_autograd(ctx, grad: Tensor):
+    weights, masks, valid_classes = ctx.saved_tensors
+    need_weights, need_masks, *_ = ctx.needs_input_grad
+    grad_weights, grad_masks = torch.ops.dmsa_kernels.propagate_backward(
+        grad, weights, masks, ctx.dilations, ctx.num_iter, valid_classes, need_weights, need_masks, ctx.backend
+    )
+    return grad_weights if need_weights else None, grad_masks if need_masks else None, None, None, None, None
+
+
+def _propagate_backward(
+    grad: Tensor,
+    weights: Tensor,
+    masks: Tensor,
+    dilations: list[int],
+    num_iter: int,
+    valid_classes: Tensor | None,
+    need_weights: bool,
+    need_masks: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return _implementation(backend, "backward", grad, weights, masks).propagate_backward(
+        grad,
+        weights,
+        masks,
+        dilations,
+        num_iter,
+        valid_classes,
+        need_weights=need_weights,
+        need_masks=need_masks,
+    )
+
+
+def _propagate_backward_fake(
+    grad: Tensor,
+    weights: Tensor,
+    masks: Tensor,
+    dilations: list[int],
+    num_iter: int,
+    valid_classes: Tensor | None,
+    need_weights: bool,
+    need_masks: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    grad_weights = weights.new_empty(weights.shape if need_weights else 0)
+    return grad_weights, torch.empty_like(masks) if need_masks else masks.new_empty(0)
+
+
+def label_chunks(classes: int, batch: int, height: int, width: int) -> list[slice]:
+    """Classes that are resized and propagated together for labels: about equally many, never all of a large stack."""
+    most = max(1, LABEL_ELEMENTS // max(1, batch * height * width))
+    count = max(1, -(-classes // most))
+    return [slice(classes * i // count, classes * (i + 1) // count) for i in range(count)]
+
+
+def _propagate_labels(
+    weights: Tensor, masks: Tensor, dilations: list[int], num_iter: int, valid_classes: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Masks may be smaller or larger than the affinity's map: each chunk of classes is resized when its turn comes."""
+    module = _implementation(backend, "propagate", weights, masks)
+    size = tuple(weights.shape[2:])
+    best: tuple[Tensor, Tensor] | None = None
+    for chunk in label_chunks(masks.shape[1], masks.shape[0], *size):
+        planes = resize(masks[:, chunk], size)
+        valid = None if valid_classes is None else valid_classes[:, chunk]
+        labels, values = module.propagate_labels(weights, planes, dilations, num_iter, valid)
+        labels = labels + chunk.start
+        best = (labels, values) if best is None else merge_larger(*best, labels, values)
+    labels, values = best
+    if valid_classes is not None:
+        some = valid_classes.any(1)[:, None, None]
+        labels, values = labels.where(some, 0), values.where(some, 0.0)
+    return labels, values.to(masks.dtype)
+
+
+def _propagate_labels_fake(weights: Tensor, masks: Tensor, *arguments: object) -> tuple[Tensor, Tensor]:
+    size = (masks.shape[0], *weights.shape[2:])
+    return masks.new_empty(size, dtype=torch.int64), masks.new_empty(size)
+
+
+def _refuse_second_order(ctx, *grads: Tensor):
+    raise RuntimeError(
+        "the refinement is differentiable once: a gradient of its gradient was asked for"
+        " (create_graph=True); backend='reference' of dmsa_kernels.refine.reference is plain PyTorch and has one"
+    )
+
+
+def _register(name: str, implementation, fake) -> None:
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"dmsa_kernels::{name}", fake, lib=_library)
+
+
+_register("local_affinity", _local_affinity, _local_affinity_fake)
+_register("local_affinity_backward", _local_affinity_backward, _local_affinity_backward_fake)
+_register("propagate", _propagate, _propagate_fake)
+_register("propagate_labels", _propagate_labels, _propagate_labels_fake)
+_register("propagate_backward", _propagate_backward, _propagate_backward_fake)
+torch.library.register_autograd(
+    "dmsa_kernels::local_affinity", _local_affinity_autograd, setup_context=_local_affinity_setup, lib=_library
+)
+torch.library.register_autograd(
+    "dmsa_kernels::propagate", _propagate_autograd, setup_context=_propagate_setup, lib=_library
+)
+for _name in ("local_affinity_backward", "propagate_backward"):
+    torch.library.register_autograd(f"dmsa_kernels::{_name}", _refuse_second_order, lib=_library)
+# Autocast: the affinity takes a float32 image. The propagation needs no policy, since an operator without one gets its
+# tensors as they are: it computes in float32 and keeps the masks' dtype, and a half-precision affinity means "fast".
+for _device in ("cuda", "cpu"):
+    torch.library.register_autocast("dmsa_kernels::local_affinity", _device, torch.float32, lib=_library)

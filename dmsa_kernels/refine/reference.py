@@ -1,0 +1,124 @@
+"""The definition of the refinement in plain PyTorch: slow, obvious, in double precision, differentiable.
+
+Every function computes in float64 and rounds its result once, so it is what the other backends are tested against.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dmsa_kernels.refine.labels import largest
+from dmsa_kernels.refine.spec import offsets, position_vector, sigma_centre_count
+
+
+def _neighbour(x: Tensor, dy: int, dx: int) -> Tensor:
+    """``x(q + (dy, dx))`` with both coordinates clamped to the map; x and result [..., H, W]."""
+    height, width = x.shape[-2:]
+    rows = (torch.arange(height, device=x.device) + dy).clamp(0, height - 1)
+    columns = (torch.arange(width, device=x.device) + dx).clamp(0, width - 1)
+    return x[..., rows, :][..., columns]
+
+
+def _affinity(
+    image: Tensor, dilations: list[int], exponent: float, alpha: float, sigma: str, eps: float, position_weight: float
+) -> Tensor:
+    neighbours = torch.stack([_neighbour(image, dy, dx) for dy, dx in offsets(dilations)], 1)  # [B, P, K, H, W]
+    centre = image.unsqueeze(1)  # [B, 1, K, H, W]
+    if sigma == "none":
+        scale = torch.ones_like(centre)
+    else:
+        samples = torch.cat([neighbours] + [centre] * sigma_centre_count(sigma, dilations), 1)
+        scale = samples.std(1, keepdim=True)  # [B, 1, K, H, W]
+    scores = -(((neighbours - centre).abs() / (alpha * scale + eps)) ** exponent).mean(2)  # [B, P, H, W]
+    position = torch.tensor(
+        position_vector(dilations, alpha, eps, position_weight), dtype=image.dtype, device=image.device
+    )
+    return scores.softmax(1) + position.view(1, -1, 1, 1)
+
+
+def _propagate(
+    weights: Tensor, masks: Tensor, dilations: list[int], num_iter: int, valid_classes: Tensor | None
+) -> Tensor:
+    keep = None if valid_classes is None else valid_classes[:, :, None, None]
+    if keep is not None:
+        masks = masks.where(keep, 0.0)
+    for _ in range(num_iter):
+        refined = torch.zeros_like(masks)
+        for p, (dy, dx) in enumerate(offsets(dilations)):
+            refined = refined + weights[:, p : p + 1] * _neighbour(masks, dy, dx)
+        masks = refined
+    return masks if keep is None else masks.where(keep, 0.0)
+
+
+def local_affinity(
+    image: Tensor,
+    dilations: list[int],
+    *,
+    exponent: float,
+    alpha: float,
+    sigma: str,
+    eps: float,
+    position_weight: float,
+    fast: bool,
+) -> Tensor:
+    """Weights [B, P, H, W] of the P = 8 * D neighbours of every pixel of image [B, K, H, W]."""
+    weights = _affinity(image.double(), dilations, exponent, alpha, sigma, eps, position_weight)
+    if fast:
+        return weights.half()
+    return weights if image.dtype == torch.float64 else weights.float()
+
+
+def local_affinity_backward(
+    grad_weights: Tensor,
+    image: Tensor,
+    dilations: list[int],
+    *,
+    exponent: float,
+    alpha: float,
+    sigma: str,
+    eps: float,
+    position_weight: float,
+) -> Tensor:
+    """Gradient [B, K, H, W] of the image, by autograd."""
+    with torch.enable_grad():
+        leaf = image.detach().double().requires_grad_()
+        weights = _affinity(leaf, dilations, exponent, alpha, sigma, eps, position_weight)
+        (grad_image,) = torch.autograd.grad(weights, leaf, grad_weights.double())
+    return grad_image.to(image.dtype)
+
+
+def propagate(
+    weights: Tensor, masks: Tensor, dilations: list[int], num_iter: int, valid_classes: Tensor | None
+) -> Tensor:
+    """``num_iter`` times ``masks(q) <- sum_p weights_p(q) * masks(q + o_p)``; masks and result [B, C, H, W]."""
+    out = torch.empty_like(masks)
+    return out.copy_(_propagate(weights.double(), masks.double(), dilations, num_iter, valid_classes))
+
+
+def propagate_labels(
+    weights: Tensor, masks: Tensor, dilations: list[int], num_iter: int, valid_classes: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The class of the largest propagated value among the valid classes and that value, both [B, H, W]."""
+    refined = propagate(weights, masks, dilations, num_iter, valid_classes)
+    return largest(refined, valid_classes)
+
+
+def propagate_backward(
+    grad: Tensor,
+    weights: Tensor,
+    masks: Tensor,
+    dilations: list[int],
+    num_iter: int,
+    valid_classes: Tensor | None,
+    *,
+    need_weights: bool,
+    need_masks: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the weights [B, P, H, W] and of the masks [B, C, H, W], by autograd; empty if not needed."""
+    with torch.enable_grad():
+        leaves = [weights.detach().double().requires_grad_(), masks.detach().double().requires_grad_()]
+        refined = _propagate(*leaves, dilations, num_iter, valid_classes)
+        grads = torch.autograd.grad(refined, leaves, grad.double(), allow_unused=True, materialize_grads=True)
+    grad_masks = torch.empty_like(masks).copy_(grads[1]) if need_masks else masks.new_empty(0)
+    return grads[0].to(weights.dtype) if need_weights else weights.new_empty(0), grad_masks
