@@ -3,5 +3,18 @@
 from dmsa_kernels._version import __version__
 from dmsa_kernels.aspp import DepthwiseASPP, multi_dilation_dwconv
 from dmsa_kernels.backend import why_not_triton
+from dmsa_kernels.refine import LCM, PAMR, PAR, Affinity, AffinitySpec, local_affinity, propagate
 
-__all__ = ["DepthwiseASPP", "__version__", "multi_dilation_dwconv", "why_not_triton"]
+__all__ = [
+    "LCM",
+    "PAMR",
+    "PAR",
+    "Affinity",
+    "AffinitySpec",
+    "DepthwiseASPP",
+    "__version__",
+    "local_affinity",
+    "multi_dilation_dwconv",
+    "propagate",
+    "why_not_triton",
+]

@@ -185,9 +185,7 @@ def local_affinity(
     position = torch.tensor(position_vector(dilations, alpha, eps, position_weight), dtype=dtype).to(image.device)
     position = position.view(1, -1, 1, 1)
     taps = 8 * len(dilations)
-    weights = torch.empty(
-        (batch, taps, height, width), dtype=torch.float16 if fast else dtype, device=image.device
-    )
+    weights = torch.empty((batch, taps, height, width), dtype=torch.float16 if fast else dtype, device=image.device)
     for chunk in _image_chunks(image):
         guide = _Guide(image[chunk], dilations, exponent, alpha, sigma, eps)
         for start, stop in _bands(height, guide.images() * channels * width, image.device):
@@ -421,7 +419,9 @@ def _image_count(chunk: slice, batch: int) -> int:
     return len(range(*chunk.indices(batch)))
 
 
-def _history(masks: Tensor, taps: list[Tensor], dilations: list[int], num_iter: int, dtype: torch.dtype) -> list[_Padded]:
+def _history(
+    masks: Tensor, taps: list[Tensor], dilations: list[int], num_iter: int, dtype: torch.dtype
+) -> list[_Padded]:
     """The filled planes before each iteration; masks [b, c, H, W]."""
     planes = [_Padded(tuple(masks.shape), dilations, dtype, masks.device) for _ in range(num_iter)]
     for t, source in enumerate(planes):

@@ -114,9 +114,7 @@ class PAR(_Refinement):
         precision: str = "exact",
         backend: str = "auto",
     ):
-        super().__init__(
-            dilations, num_iter, spec=presets.PAR, resize=resize, precision=precision, backend=backend
-        )
+        super().__init__(dilations, num_iter, spec=presets.PAR, resize=resize, precision=precision, backend=backend)
         self.register_buffer("kernel", _shift_kernel())
         self.w1 = presets.PAR.alpha
         self.w2 = presets.PAR.position_weight
@@ -159,9 +157,7 @@ class PAMR(_Refinement):
         precision: str = "exact",
         backend: str = "auto",
     ):
-        super().__init__(
-            dilations, num_iter, spec=presets.PAMR, resize=resize, precision=precision, backend=backend
-        )
+        super().__init__(dilations, num_iter, spec=presets.PAMR, resize=resize, precision=precision, backend=backend)
         self.aff_x = _Kernel(_shift_kernel(centre=1.0, neighbour=-1.0))
         self.aff_m = _Kernel(_shift_kernel())
         self.aff_std = _Kernel(_shift_kernel(keep_centre_tap=True))
@@ -189,7 +185,5 @@ class LCM(_Refinement):
         precision: str = "exact",
         backend: str = "auto",
     ):
-        super().__init__(
-            dilations, num_iter, spec=presets.LCM, resize=resize, precision=precision, backend=backend
-        )
+        super().__init__(dilations, num_iter, spec=presets.LCM, resize=resize, precision=precision, backend=backend)
         self.register_buffer("kernel", _shift_kernel())

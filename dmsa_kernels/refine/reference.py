@@ -80,12 +80,11 @@ def local_affinity_backward(
     eps: float,
     position_weight: float,
 ) -> Tensor:
-    """Gradient [B, K, H, W] of the image, by autograd."""
-    with torch.enable_grad():
-        leaf = image.detach().double().requires_grad_()
-        weights = _affinity(leaf, dilations, exponent, alpha, sigma, eps, position_weight)
-        (grad_image,) = torch.autograd.grad(weights, leaf, grad_weights.double())
-    return grad_image.to(image.dtype)
+    """Gradient [B, K, H, W] of the image, by automatic differentiation."""
+    _, pullback = torch.func.vjp(
+        lambda x: _affinity(x, dilations, exponent, alpha, sigma, eps, position_weight), image.double()
+    )
+    return pullback(grad_weights.double())[0].to(image.dtype)
 
 
 def propagate(
@@ -115,10 +114,12 @@ def propagate_backward(
     need_weights: bool,
     need_masks: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the weights [B, P, H, W] and of the masks [B, C, H, W], by autograd; empty if not needed."""
-    with torch.enable_grad():
-        leaves = [weights.detach().double().requires_grad_(), masks.detach().double().requires_grad_()]
-        refined = _propagate(*leaves, dilations, num_iter, valid_classes)
-        grads = torch.autograd.grad(refined, leaves, grad.double(), allow_unused=True, materialize_grads=True)
-    grad_masks = torch.empty_like(masks).copy_(grads[1]) if need_masks else masks.new_empty(0)
-    return grads[0].to(weights.dtype) if need_weights else weights.new_empty(0), grad_masks
+    """Gradients of weights [B, P, H, W] and masks [B, C, H, W], by automatic differentiation; empty if not needed."""
+    _, pullback = torch.func.vjp(
+        lambda w, m: _propagate(w, m, dilations, num_iter, valid_classes), weights.double(), masks.double()
+    )
+    grad_weights, grad_masks = pullback(grad.double())
+    return (
+        grad_weights.to(weights.dtype) if need_weights else weights.new_empty(0),
+        torch.empty_like(masks).copy_(grad_masks) if need_masks else masks.new_empty(0),
+    )
