@@ -297,13 +297,8 @@ def build_encoder(name: str, weights: str | Path | None = None) -> Encoder:
 def _build_shipped(weights: str | Path | None) -> Encoder:
     from timm.models.vision_transformer import VisionTransformer
 
-    try:
-        from dmsa.weights import shapes_vit_tiny
-    except ImportError as error:
-        raise FileNotFoundError(
-            f"encoder {SHIPPED!r}: this installation lacks the shipped weights (dmsa/weights); "
-            "reinstall the package, or make them with `dmsa pretrain`"
-        ) from error
+    from dmsa.weights import shapes_vit_tiny
+
     arguments, path = shapes_vit_tiny()
     encoder = Encoder(VisionTransformer(**{"num_classes": 0, "dynamic_img_size": True, **arguments}))
     if str(weights) != "random":
@@ -323,6 +318,8 @@ def _load_from_hub(encoder: Encoder, name: str) -> None:
 
 
 def _where_to_get(name: str) -> str:
+    if name == SHIPPED:
+        return f"weights of {name!r} ship with the package: reinstall it, or make them with `dmsa pretrain`."
     use = "then pass the file by path: `--model.weights PATH` (in Python: `build_encoder(name, weights=PATH)`)"
     if name in DINO_FILES:
         url = f"{HUB}/{DINO_FILES[name]}"

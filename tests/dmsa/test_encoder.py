@@ -195,3 +195,11 @@ def test_weights_from_the_hub_are_loaded(monkeypatch):
     )
     encoder = build_encoder("vit_small_patch8_224.dino")
     assert torch.equal(encoder.vit.blocks[0].ls1.gamma, hub.blocks[0].ls1.gamma)
+
+
+def test_shipped_backbone_builds_by_name_and_says_what_is_missing(tmp_path):
+    encoder = build_encoder("shapes_vit_tiny", "random")
+    patches, _ = encoder(torch.randn(1, 3, 24, 32))
+    assert patches.shape == (1, 12, encoder.embed_dim)
+    with pytest.raises(FileNotFoundError, match="ship with the package"):
+        build_encoder("shapes_vit_tiny", tmp_path / "absent.safetensors")

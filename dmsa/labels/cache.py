@@ -1,0 +1,70 @@
+"""Where the slow results of a run are kept: files named after everything they depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+KEY_LENGTH = 16
+
+
+def content_key(**facts: Any) -> str:
+    """Return a short key of JSON-serialisable facts; equal facts give equal keys, in any order."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:KEY_LENGTH]
+
+
+def weights_key(module: nn.Module) -> str:
+    """Return a short key of a module's weights and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:KEY_LENGTH]
+
+
+def dataset_key(dataset: Any) -> str:
+    """Return a short key of a data set: its name, classes, the names of its images, first and last image."""
+    count = image_count(dataset)
+    digest = hashlib.sha256(json.dumps([getattr(dataset, "name", type(dataset).__name__), count]).encode())
+    digest.update(json.dumps(list(getattr(dataset, "classes", ()))).encode())
+    if hasattr(dataset, "image_name"):
+        for index in range(count):
+            digest.update(f"{dataset.image_name(index)}\n".encode())
+    for index in sorted({0, count - 1}):
+        try:
+            digest.update(np.ascontiguousarray(dataset.raw(index)[0]))
+        except ValueError as error:  # a damaged image is skipped later; its name already is part of the key
+            digest.update(type(error).__name__.encode())
+    return digest.hexdigest()[:KEY_LENGTH]
+
+
+def image_count(dataset: Any) -> int:
+    """Return how many different images a data set has, not counting repetitions."""
+    return dataset.images if hasattr(dataset, "images") else len(dataset)
+
+
+def save_arrays(path: Path, **arrays: np.ndarray) -> None:
+    """Write arrays to an `.npz` file that is complete whenever it exists."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
+    try:
+        with open(temporary, "wb") as stream:
+            np.savez(stream, **arrays)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Read an `.npz` file of plain arrays."""
+    with np.load(path, allow_pickle=False) as content:
+        return {key: content[key] for key in content.files}
