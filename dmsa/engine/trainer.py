@@ -1,0 +1,477 @@
+"""The training loop: one process or many, interrupted or not, the same numbers."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+import random
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, default_collate
+
+from dmsa import data
+from dmsa.config import Config, to_dict, validate
+from dmsa.engine import checkpoint, distributed
+from dmsa.engine.checkpoint import Checkpoints
+from dmsa.engine.logging import MetricsLog, Progress, git_commit, say
+from dmsa.engine.report import write_panels, write_report
+from dmsa.engine.run import RunFolder, launch_command
+from dmsa.engine.sampler import EpochBatches
+from dmsa.engine.task import COUNTS, LOSSES, Classes, Prepared, Task
+from dmsa.models.encoder import Encoder, build_encoder
+
+ACTIVE_SHARE = 0.001
+"""A class counts as active if it has at least this share of the labels."""
+WATCHED = (*LOSSES, "total", "gradient")
+"""What must stay finite."""
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class NonFiniteLossError(FloatingPointError):
+    """A loss, or the gradient, became infinite or NaN."""
+
+
+@dataclasses.dataclass
+class State:
+    """Where a run is."""
+
+    epoch: int = 0
+    """Epoch to go on with."""
+    position: int = 0
+    """Steps already done in it."""
+    step: int = 0
+    """Steps done in all."""
+    trained_epoch: int = 0
+    """Epoch the weights were last trained in; its rates are the ones to evaluate with."""
+    scores: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    """One entry an evaluation."""
+    best: dict[str, Any] | None = None
+    """The entry with the highest mIoU."""
+    assignment: list[int] | None = None
+    """Predicted id that stands for every class, from the last evaluation."""
+
+
+def train(config: Config, argv: list[str] | None = None) -> dict[str, Any]:
+    """Train as `config` says, going on from the run folder's newest checkpoint if it has one.
+
+    Args:
+        config: a whole run.
+        argv: command line for the report; the process's own if None.
+
+    Returns:
+        `scores` (one dict an evaluation), `best` (one of them, or None), `folder`, `steps`.
+
+    Raises:
+        ValueError: configuration, world size, data or checkpoint do not fit; says how.
+        FileNotFoundError: data or weights are missing; says where to get them.
+        OSError: the run folder or a checkpoint cannot be written; the previous checkpoint is intact.
+        NonFiniteLossError: names the loss; the batch is in the run folder.
+    """
+    validate(config)
+    with distributed.process_group() as device:
+        trainer = Trainer(config, device, sys.argv if argv is None else argv)
+        try:
+            return trainer.run()
+        finally:
+            trainer.close()
+
+
+class Trainer:
+    """A run: what it consists of is built here, `run` drives it."""
+
+    def __init__(self, config: Config, device: torch.device, argv: list[str]) -> None:
+        self.config, self.device, self.argv = config, device, argv
+        self.rank, self.world_size = distributed.rank(), distributed.world_size()
+        self.folder: RunFolder | None = None
+        self.log: MetricsLog | None = None
+        self.state = State()
+        _set_up_torch(config)
+
+        self.train_data = data.build(config.data, "train", config.train.seed)
+        self.val_data = data.build(config.data, "val", config.train.seed)
+        self.classes = Classes.of(self.train_data)
+        self.sampler = EpochBatches(
+            len(self.train_data),
+            config.train.batch,
+            seed=config.train.seed,
+            rank=self.rank,
+            world_size=self.world_size,
+        )
+        self.store = Checkpoints(Path(config.out) / "checkpoints", config.train.keep_checkpoints)
+        found = self._find_checkpoint()
+        distributed.on_main(lambda: self._open_folder())
+
+        _seed(config.train.seed)
+        with distributed.main_first():
+            self.encoder = build_encoder(config.model.encoder, config.model.weights).to(device)
+        self.encoder_hash = fingerprint(self.encoder)
+        self.centroids = self._centroids(found)
+        # The bank may come from a cache: what is drawn from here on must not depend on that.
+        _seed(config.train.seed)
+        self.task = Task(config, self.classes, self.encoder, self.centroids["vectors"])
+        self.optimizer = build_optimizer(self.task.student, config)
+        precision = PRECISIONS[config.train.precision]
+        self.autocast = {"device_type": device.type, "dtype": precision, "enabled": precision != torch.float32}
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
+        keep_bytes = 0
+        if found is not None:
+            keep_bytes = self._restore(found)
+        if config.train.compile:
+            self.encoder.compile_frozen()
+            self.task.student.decoder.compile()
+        if self.world_size > 1:
+            self.task.forward = nn.parallel.DistributedDataParallel(self.task.student, broadcast_buffers=False)
+        if found is not None:
+            checkpoint.set_rng_state(found["rng"][self.rank])
+        self.log = MetricsLog(config.out, keep_bytes=keep_bytes, step=self.state.step)
+        self.window = Window(self.classes.num_classes, device)
+        self._last_save = time.monotonic()
+
+    # Building the parts
+
+    def _find_checkpoint(self) -> dict[str, Any] | None:
+        """Return the newest checkpoint, read and checked by rank 0, in every process; None if there is none."""
+        found = None
+
+        def read() -> None:
+            nonlocal found
+            path = self.store.newest()
+            if path is not None:
+                found = checkpoint.load(path)
+                checkpoint.check_config(found, self.config, path)
+                checkpoint.check_world_size(found, self.world_size, path)
+
+        distributed.on_main(read)
+        return distributed.broadcast_state(found)
+
+    def _open_folder(self) -> None:
+        self.folder = RunFolder(self.config.out)
+        self.folder.write_config(self.config)
+        self.folder.write_text("commit.txt", git_commit() + "\n")
+
+    def _centroids(self, found: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Return the centroids `vectors` and their provenance, from the checkpoint or made from the training images."""
+        if found is not None:
+            return found["centroids"]
+        raise RuntimeError
+
+    def _restore(self, found: Mapping[str, Any]) -> int:
+        """Put everything into the state of a checkpoint; return the length of metrics.jsonl then."""
+        if found["encoder"] != self.encoder_hash:
+            raise ValueError(
+                f"{self.store.newest()} was trained on other encoder weights than those that "
+                f"model.encoder={self.config.model.encoder}, model.weights={self.config.model.weights} give now "
+                f"(SHA-256 {found['encoder'][:12]} then, {self.encoder_hash[:12]} now)"
+            )
+        if found["dataset"]["classes"] != list(self.classes.classes):
+            raise ValueError(
+                f"{self.store.newest()} was trained on {len(found['dataset']['classes'])} classes "
+                f"({', '.join(found['dataset']['classes'][:5])}, ...), data.root={self.config.data.root} has "
+                f"{self.classes.num_classes} ({', '.join(self.classes.classes[:5])}, ...)"
+            )
+        self.task.student.load_trainable_state(found["student"])
+        self.task.teacher.load_state_dict({**found["teacher"], "initial": found["initial"]})
+        self.optimizer.load_state_dict(found["optimizer"])
+        self.scaler.load_state_dict(found["scaler"])
+        names = ("epoch", "position", "step", "trained_epoch", "scores", "best", "assignment")
+        self.state = State(**{name: found[name] for name in names})
+        if distributed.is_main() and self.state.best and self.state.best["step"] == self.state.step:
+            # The process may have died between writing this checkpoint and marking it as the best.
+            self.store.mark_best(self.store.newest())
+        say(f"going on from {self.store.newest()}: epoch {self.state.epoch + 1}, step {self.state.step}")
+        return found["metrics_bytes"]
+
+    # Driving
+
+    def run(self) -> dict[str, Any]:
+        """Train to the last epoch, evaluate, write the report; return what `train` returns."""
+        config, state = self.config, self.state
+        if state.epoch >= config.train.epochs:
+            say(f"{config.out} has all {config.train.epochs} epochs; --train.epochs or another --out trains more")
+        total = config.train.epochs * self.sampler.steps * config.train.batch
+        self.progress = Progress(total, state.step * config.train.batch)
+        try:
+            while state.epoch < config.train.epochs:
+                self._train_epoch()
+                self._end_epoch()
+        finally:
+            self.progress.close()
+        self._report(finished=True)
+        return {"scores": state.scores, "best": state.best, "folder": Path(config.out), "steps": state.step}
+
+    def _train_epoch(self) -> None:
+        state, config = self.state, self.config
+        if self.task.start_epoch(state.epoch) and state.position == 0:
+            say(f"epoch {state.epoch + 1}: the teacher takes over the student, which starts again")
+        self.progress.epoch(state.epoch, config.train.epochs)
+        self.train_data.set_epoch(state.epoch)
+        self.sampler.set_epoch(state.epoch, state.position)
+        self.task.student.train()
+        state.trained_epoch = state.epoch
+        for batch in self._batches():
+            self.window.add(state.step, *self._step(batch))
+            state.step += 1
+            state.position += 1
+            self.progress.advance(config.train.batch)
+            last = state.position == self.sampler.steps
+            if last or state.step % config.train.log_every == 0:
+                save = self._log_window()
+                if save and not last:
+                    self._save()
+
+    def _batches(self) -> Iterator[dict[str, Any]]:
+        """Yield this process's part of every batch of the rest of the epoch, on its device."""
+        loader = DataLoader(
+            self.train_data,
+            batch_sampler=self.sampler,
+            num_workers=self.config.data.workers,
+            pin_memory=self.device.type == "cuda",
+            # A loader draws a seed for its workers; taken from here it leaves the run's generators alone.
+            generator=torch.Generator(),
+        )
+        for batch in loader:
+            yield {
+                key: value.to(self.device, non_blocking=True) if key in ("image", "guide") else value
+                for key, value in batch.items()
+                if key != "label"
+            }
+
+    def _step(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Do one optimiser step; return this process's share of the watched values and its label counts, on the device."""
+        epoch, step = self.state.epoch, self.state.step
+        with torch.autocast(**self.autocast):
+            parts = [self.task.prepare(part, epoch, step) for part in _split(batch, self.config.train.micro_batch)]
+        counts = distributed.all_reduce_sum(torch.stack([part.counts for part in parts]).sum(0))
+        self.optimizer.zero_grad(set_to_none=True)
+        watched = torch.zeros(len(WATCHED), dtype=torch.float64, device=self.device)
+        for number, part in enumerate(parts):
+            with self._synchronised(number == len(parts) - 1):
+                with torch.autocast(**self.autocast):
+                    losses = self.task.losses(part, counts, epoch)
+                # The wrapper averages over processes, the shares are to be added up.
+                self.scaler.scale(losses["total"] * self.world_size).backward()
+            watched[:-1] += torch.stack([losses[name].detach() for name in WATCHED[:-1]]).double()
+        self.scaler.unscale_(self.optimizer)
+        gradients = [p.grad for p in self.task.student.parameters() if p.grad is not None]
+        # Loss scaling lets gradients overflow now and then and skips such a step by itself.
+        if not self.scaler.is_enabled():
+            watched[-1] = nn.utils.get_total_norm(gradients).double() / self.world_size
+        nn.utils.clip_grad_value_(self.task.student.parameters(), self.config.train.clip_value)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.task.teacher.after_step()
+        return watched, _label_counts(parts, self.classes.num_classes)
+
+    def _synchronised(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Average the gradients over processes in the last part's backward pass only."""
+        wrapped = self.task.forward is not self.task.student
+        return self.task.forward.no_sync() if wrapped and not last else contextlib.nullcontext()
+
+    def _log_window(self) -> bool:
+        """Read the window back, check it and log it; return whether a checkpoint is due. The only wait for the device."""
+        minutes = (time.monotonic() - self._last_save) / 60
+        due = distributed.is_main() and minutes >= self.config.train.checkpoint_minutes
+        means, labels, due, broken = self.window.read(due)
+        if broken:
+            self._stop_nonfinite()
+        share = labels / max(labels.sum(), 1)
+        entropy = float(-(share[share > 0] * np.log(share[share > 0])).sum())
+        self.log.write(
+            "train",
+            self.state.step,
+            {
+                "epoch": self.state.epoch,
+                "loss": {name: means[name] for name in (*LOSSES, "total")},
+                "gradient_norm": means["gradient"],
+                "label_entropy": entropy,
+                "active_classes": int((share >= ACTIVE_SHARE).sum()),
+            },
+        )
+        self.log.speed(self.state.step, self.progress.rate())
+        self.progress.losses({name: means[name] for name in (*LOSSES, "total")})
+        return due
+
+    def _stop_nonfinite(self) -> None:
+        """Save the first batch with a loss that is not finite, and stop every process."""
+        own = self.window.first_broken()
+        everyone = distributed.gather_objects(own)
+        step = min(item["step"] for item in everyone if item)
+        ranks = [rank for rank, item in enumerate(everyone) if item and item["step"] == step]
+        values = everyone[ranks[0]]["values"]
+        folder = Path(self.config.out) / "nonfinite"
+        if self.rank in ranks:
+            position = self.state.position - (self.state.step - step)
+            self.sampler.set_epoch(self.state.epoch, position)
+            # Samples depend on seed, epoch and index alone, so the batch can be made again.
+            batch = default_collate([self.train_data[index] for index in next(iter(self.sampler))])
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / f"step-{step:08d}-rank{self.rank}.pt"
+            torch.save({**batch, "epoch": self.state.epoch, "step": step, "losses": own["values"]}, path)
+        distributed.barrier()
+        newest = self.store.newest()
+        names = [name for name, value in values.items() if not math.isfinite(value)]
+        raise NonFiniteLossError(
+            f"{' and '.join(name for name in names if name != 'total' or len(names) == 1)} became "
+            f"{values[names[0]]} in step {step} (epoch {self.state.epoch + 1}) on rank {', '.join(map(str, ranks))}: "
+            f"{ {name: round(value, 4) for name, value in values.items()} }. The batch is in {folder}; "
+            + (f"{newest} is intact" if newest else "no checkpoint was written yet")
+            + ". Try a smaller --train.lr, or --train.precision fp32"
+        )
+
+    def _end_epoch(self) -> None:
+        state, config = self.state, self.config
+        epoch = state.epoch
+        state.epoch, state.position = epoch + 1, 0
+        improved = False
+        if (epoch + 1) % config.train.eval_every == 0 or epoch + 1 == config.train.epochs:
+            improved = self._evaluate(epoch)
+        self._save(best=improved)
+        self._report(finished=False)
+
+    def _save(self, best: bool = False) -> None:
+        """Write a checkpoint; every process takes part."""
+        generators = distributed.gather_objects(checkpoint.rng_state())
+
+        def write() -> None:
+            path = self.store.save(self._snapshot(generators))
+            if best:
+                self.store.mark_best(path)
+
+        distributed.on_main(write)
+        self._last_save = time.monotonic()
+
+    def _snapshot(self, generators: list[dict[str, Any]]) -> dict[str, Any]:
+        teacher = self.task.teacher.state_dict()
+        initial = teacher.pop("initial")
+        return {
+            "version": checkpoint.VERSION,
+            "config": to_dict(self.config),
+            "dataset": self.classes.state_dict(),
+            "encoder": self.encoder_hash,
+            "student": self.task.student.trainable_state(),
+            "teacher": teacher,
+            "initial": initial,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "rng": generators,
+            **dataclasses.asdict(self.state),
+            "alpha_counter": self.task.teacher.epochs_since_snapshot,
+            "rates": list(self.task.rates(self.state.trained_epoch, (1, 1))),
+            "centroids": self.centroids,
+            "metrics_bytes": self.log.position(),
+        }
+
+    def close(self) -> None:
+        """Close files."""
+        if self.log is not None:
+            self.log.close()
+        if self.folder is not None:
+            self.folder.close()
+
+
+class Window:
+    """What is logged, added up on the device between two logging steps so that no step waits for it.
+
+    Args:
+        num_classes: length of the label counts.
+        device: of the losses.
+    """
+
+    def __init__(self, num_classes: int, device: torch.device) -> None:
+        self.device = device
+        self.num_classes = num_classes
+        self._clear()
+
+    def _clear(self) -> None:
+        self._steps = 0
+        self._sums = torch.zeros(len(WATCHED), dtype=torch.float64, device=self.device)
+        self._labels = torch.zeros(self.num_classes, dtype=torch.float64, device=self.device)
+        self._broken_step = torch.full((), -1, dtype=torch.int64, device=self.device)
+        self._broken_values = torch.zeros(len(WATCHED), dtype=torch.float64, device=self.device)
+
+    def add(self, step: int, watched: Tensor, labels: Tensor) -> None:
+        """Add a step's values `[len(WATCHED)]` (this process's shares) and label counts `[K]`."""
+        self._steps += 1
+        self._sums += watched
+        self._labels += labels
+        newly = (self._broken_step < 0) & ~watched.isfinite().all()
+        self._broken_step = torch.where(newly, step, self._broken_step)
+        self._broken_values = torch.where(newly, watched, self._broken_values)
+
+    def read(self, due: bool) -> tuple[dict[str, float], np.ndarray, bool, bool]:
+        """Add up all processes, begin anew (unless broken) and return means, label counts, and two flags.
+
+        The flags, `due` of any process and "something was not finite", are the same in every process.
+        """
+        flags = torch.tensor([float(due), 0.0], dtype=torch.float64, device=self.device)
+        flags[1] = (self._broken_step >= 0).double()
+        packed = distributed.all_reduce_sum(torch.cat([self._sums, self._labels, flags])).tolist()
+        means = {name: value / self._steps for name, value in zip(WATCHED, packed, strict=False)}
+        labels = np.array(packed[len(WATCHED) : -2])
+        if not packed[-1]:
+            self._clear()
+        return means, labels, bool(packed[-2]), bool(packed[-1])
+
+    def first_broken(self) -> dict[str, Any] | None:
+        """Return step and values of this process's first step that was not finite."""
+        step = int(self._broken_step)
+        values = dict(zip(WATCHED, self._broken_values.tolist(), strict=True))
+        return None if step < 0 else {"step": step, "values": values}
+
+
+def build_optimizer(student: nn.Module, config: Config) -> torch.optim.Optimizer:
+    """Return Adam over the trained parameters, with weight decay on all but biases, norms and gains."""
+    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.train.weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.Adam(groups, lr=config.train.lr, fused=trained[0].device.type == "cuda")
+
+
+def fingerprint(encoder: Encoder) -> str:
+    """Return the SHA-256 of an encoder's weights, names and shapes included."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    for name, value in sorted(encoder.state_dict().items()):
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _split(batch: Mapping[str, Any], size: int | None) -> list[dict[str, Any]]:
+    """Cut a batch into parts of `size` images; the last one may be smaller."""
+    length = len(batch["image"])
+    size = size or length
+    return [
+        {key: batch[key][begin : begin + size] for key in ("image", "guide")} for begin in range(0, length, size)
+    ]
+
+
+def _label_counts(parts: list[Prepared], num_classes: int) -> Tensor:
+    """Count the labels `[K]` without asking the device for anything."""
+    ids = torch.arange(num_classes, device=parts[0].label.device)
+    return sum((part.label.reshape(-1, 1) == ids).sum(0) for part in parts)
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 (libraries draw from it)
+    torch.manual_seed(seed)
+
+
+def _set_up_torch(config: Config) -> None:
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
