@@ -43,7 +43,8 @@ class RunFolder:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise OSError(
-                    error.errno, f"out={str(self.path)!r}: cannot create {folder}: {error.strerror}; choose another --out"
+                    error.errno,
+                    f"out={str(self.path)!r}: cannot create {folder}: {error.strerror}; choose another --out",
                 ) from error
         try:
             self._lock = open(self.path / ".lock", "ab")  # noqa: SIM115 (held until close)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import math
 import os
 import random
@@ -22,12 +23,15 @@ from dmsa import data
 from dmsa.config import Config, to_dict, validate
 from dmsa.engine import checkpoint, distributed
 from dmsa.engine.checkpoint import Checkpoints
+from dmsa.engine.evaluate import evaluate
+from dmsa.engine.files import write_atomically
 from dmsa.engine.logging import MetricsLog, Progress, git_commit, say
-from dmsa.engine.report import write_panels, write_report
+from dmsa.engine.report import draw_panels, png_bytes, report_text
 from dmsa.engine.run import RunFolder, launch_command
 from dmsa.engine.sampler import EpochBatches
-from dmsa.engine.task import COUNTS, LOSSES, Classes, Prepared, Task
+from dmsa.engine.task import LOSSES, Classes, Prepared, Task
 from dmsa.models.encoder import Encoder, build_encoder
+from dmsa.protocols import Protocol
 
 ACTIVE_SHARE = 0.001
 """A class counts as active if it has at least this share of the labels."""
@@ -162,7 +166,8 @@ class Trainer:
         """Return the centroids `vectors` and their provenance, from the checkpoint or made from the training images."""
         if found is not None:
             return found["centroids"]
-        raise RuntimeError
+        n = self.classes.n_things + self.classes.n_stuff
+        return {"vectors": torch.randn(n, self.encoder.embed_dim)}
 
     def _restore(self, found: Mapping[str, Any]) -> int:
         """Put everything into the state of a checkpoint; return the length of metrics.jsonl then."""
@@ -246,7 +251,7 @@ class Trainer:
             }
 
     def _step(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """Do one optimiser step; return this process's share of the watched values and its label counts, on the device."""
+        """Do one optimiser step; return this process's share of what is watched and its label counts, on the device."""
         epoch, step = self.state.epoch, self.state.step
         with torch.autocast(**self.autocast):
             parts = [self.task.prepare(part, epoch, step) for part in _split(batch, self.config.train.micro_batch)]
@@ -277,7 +282,7 @@ class Trainer:
         return self.task.forward.no_sync() if wrapped and not last else contextlib.nullcontext()
 
     def _log_window(self) -> bool:
-        """Read the window back, check it and log it; return whether a checkpoint is due. The only wait for the device."""
+        """Read the window back, check and log it; return whether a checkpoint is due. The only wait for the device."""
         minutes = (time.monotonic() - self._last_save) / 60
         due = distributed.is_main() and minutes >= self.config.train.checkpoint_minutes
         means, labels, due, broken = self.window.read(due)
@@ -336,6 +341,89 @@ class Trainer:
             improved = self._evaluate(epoch)
         self._save(best=improved)
         self._report(finished=False)
+
+    def _evaluate(self, epoch: int) -> bool:
+        """Score the student and draw panels; return whether it is the best so far."""
+        config, state = self.config, self.state
+        improved = False
+        student = self.task.student.eval()
+        if getattr(self.val_data, "labels_from", "the data set") is not None:
+
+            def predict(images: Tensor) -> Tensor:
+                images = images.to(self.device, non_blocking=True)
+                rates = self.task.eval_rates(epoch, self.encoder.grid(images))
+                with torch.autocast(**self.autocast):
+                    return student(images, rates)["logits"]
+
+            protocol = Protocol("transfgu", config.data.size)
+            report = evaluate(predict, self.val_data, protocol, batch=self._eval_batch(), workers=config.data.workers)
+            entry = {
+                "epoch": epoch,
+                "step": state.step,
+                "miou": report.scores.miou,
+                "accuracy": report.scores.accuracy,
+                "things": report.scores.things,
+                "stuff": report.scores.stuff,
+                "iou": report.scores.iou.tolist(),
+                "assignment": report.scores.assignment.tolist(),
+                "images": report.images,
+                "protocol": protocol.name,
+                "conditions": report.conditions,
+            }
+            state.scores.append(entry)
+            state.assignment = entry["assignment"]
+            improved = state.best is None or entry["miou"] > state.best["miou"]
+            if improved:
+                state.best = entry
+            shown = ("epoch", "miou", "accuracy", "things", "stuff", "images")
+            named = dict(zip(self.classes.classes, entry["iou"], strict=True))
+            self.log.write("eval", state.step, {**{key: entry[key] for key in shown}, "iou": named})
+            say(
+                f"epoch {epoch + 1}/{config.train.epochs}: mIoU {100 * entry['miou']:.2f}, "
+                f"accuracy {100 * entry['accuracy']:.2f} ({report.conditions})"
+            )
+        if distributed.is_main() and config.train.panels:
+            count = min(config.train.panels, len(self.val_data))
+            indices = [i * len(self.val_data) // count for i in range(count)]
+            picture = draw_panels(self.task, self.val_data, indices, epoch, state.assignment)
+            path = self.folder.panels / f"epoch-{epoch + 1:04d}.png"
+            write_atomically(path, lambda stream: stream.write(png_bytes(picture)))
+            self.log.picture(state.step, np.asarray(picture))
+        return improved
+
+    def _eval_batch(self) -> int:
+        """Images of a forward pass in evaluation: as many pixels as one in training, 16 at most."""
+        share = self.config.train.micro_batch or self.config.train.batch // self.world_size
+        return max(1, min(16, share * self.config.data.crop**2 // self.config.data.size**2))
+
+    def _report(self, finished: bool) -> None:
+        """Write report.md; with the baselines once the run is finished."""
+        baselines = self._baselines() if finished and self.state.best is not None else []
+        if not distributed.is_main():
+            return
+        panels = sorted(path.name for path in self.folder.panels.glob("epoch-*.png"))
+        text = report_text(
+            self.config,
+            self.classes,
+            scores=self.state.scores,
+            best=self.state.best,
+            baselines=baselines,
+            command=launch_command(self.argv),
+            commit=git_commit(),
+            panels=[f"panels/{name}" for name in panels[-1:]],
+            finished=finished,
+        )
+        path = self.folder.write_text("report.md", text)
+        if finished:
+            say(f"{path} has the scores, {self.folder.panels} the panels")
+
+    def _baselines(self) -> list[dict[str, Any]]:
+        """Return the rows of the baselines, where this installation has them."""
+        if importlib.util.find_spec("dmsa.engine.baselines") is None:
+            return []
+        from dmsa.engine.baselines import score_baselines
+
+        return score_baselines(self.config, self)
 
     def _save(self, best: bool = False) -> None:
         """Write a checkpoint; every process takes part."""
@@ -453,9 +541,7 @@ def _split(batch: Mapping[str, Any], size: int | None) -> list[dict[str, Any]]:
     """Cut a batch into parts of `size` images; the last one may be smaller."""
     length = len(batch["image"])
     size = size or length
-    return [
-        {key: batch[key][begin : begin + size] for key in ("image", "guide")} for begin in range(0, length, size)
-    ]
+    return [{key: batch[key][begin : begin + size] for key in ("image", "guide")} for begin in range(0, length, size)]
 
 
 def _label_counts(parts: list[Prepared], num_classes: int) -> Tensor:

@@ -1,0 +1,196 @@
+"""What a run leaves for people: panels and report.md."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dmsa.config import Config, deviations
+from dmsa.data.base import table
+from dmsa.engine.task import Classes, Task
+from dmsa.visualize import colourise, heatmap, panel
+
+
+def draw_panels(
+    task: Task,
+    dataset: Any,
+    indices: Sequence[int],
+    epoch: int,
+    assignment: Sequence[int] | None,
+) -> Image.Image:
+    """Draw image | CAM | teacher | refined | prediction | ground truth for some images of `dataset`.
+
+    Args:
+        task: student, teacher and centroids.
+        dataset: validation data.
+        indices: which images.
+        epoch: the weights' epoch.
+        assignment: predicted id that stands for every class, so that a class has one colour in all columns.
+    """
+    from dmsa.data.transforms import denormalise
+
+    classes = task.classes
+    palette = predicted_palette(classes, assignment)
+    rows, seen = [], set()
+    for index in indices:
+        sample = dataset[index]
+        batch = {key: sample[key][None].to(task.device) for key in ("image", "guide")}
+        stages = task.explain(batch, epoch)
+        image = (denormalise(sample["image"]) * 255).byte().permute(1, 2, 0).numpy()
+        height, width = image.shape[:2]
+        cam = stages["cam"][0].amax(0).float().cpu().numpy()
+        blank = np.full((height, width, 3), 255, dtype=np.uint8)
+        teacher = blank if stages["teacher"] is None else colourise(_labels(stages["teacher"]), palette)
+        truth = sample["label"].numpy()
+        seen |= {int(label) for label in np.unique(truth) if label != 255}
+        rows.append(
+            [
+                image,
+                heatmap(cam),
+                teacher,
+                colourise(_labels(stages["refined"]), palette),
+                colourise(_labels(stages["prediction"]), palette),
+                colourise(truth, classes.palette),
+            ]
+        )
+    legend = [(classes.classes[label], tuple(int(v) for v in classes.palette[label])) for label in sorted(seen)]
+    return panel(rows, legend=legend)
+
+
+def predicted_palette(classes: Classes, assignment: Sequence[int] | None) -> np.ndarray:
+    """Return the colours of predicted ids: those of the classes that they were matched with."""
+    palette = np.array(classes.palette)
+    if assignment is not None:
+        palette = palette.copy()
+        palette[np.asarray(assignment)] = classes.palette
+    return palette
+
+
+def predicted_names(classes: Classes, assignment: Sequence[int] | None) -> list[str]:
+    """Return the names of predicted ids: those of the classes that they were matched with, else `cluster n`."""
+    if assignment is None:
+        first = ["background"] if classes.things_only else []
+        return [*first, *(f"cluster {n}" for n in range(len(first), classes.num_classes))]
+    names = list(classes.classes)
+    for name, predicted in zip(classes.classes, assignment, strict=True):
+        names[predicted] = name
+    return names
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    """Return an image as the bytes of a PNG file."""
+    stream = io.BytesIO()
+    image.save(stream, format="PNG")
+    return stream.getvalue()
+
+
+def _labels(batch: torch.Tensor) -> np.ndarray:
+    return batch[0].cpu().numpy()
+
+
+def report_text(
+    config: Config,
+    classes: Classes,
+    *,
+    scores: Sequence[Mapping[str, Any]],
+    best: Mapping[str, Any] | None,
+    baselines: Sequence[Mapping[str, Any]],
+    command: str,
+    commit: str,
+    panels: Sequence[str],
+    finished: bool,
+) -> str:
+    """Return report.md.
+
+    Args:
+        config: the run.
+        classes: of the data.
+        scores: one entry an evaluation, see `dmsa.engine.trainer`.
+        best: one of them.
+        baselines: rows with `method`, `miou`, `accuracy` (percent), `protocol`, `source`.
+        command: how the run was started.
+        commit: of the source tree.
+        panels: paths of pictures, relative to the run folder.
+        finished: whether the last epoch is done.
+    """
+    title = {"dmsa": "DMSA", "transfgu": "TransFGU (pyramid, PAR and segmentation loss off)", "dmsa_plus": "DMSA plus"}
+    done = scores[-1]["epoch"] + 1 if scores else 0
+    lines = [
+        f"# {title[config.method]} on {config.data.name}",
+        "",
+        f"    {command}",
+        "",
+        f"Commit {commit}. Encoder {config.model.encoder}. "
+        + (
+            f"All {config.train.epochs} epochs are done."
+            if finished
+            else f"Epoch {done} of {config.train.epochs} so far."
+        ),
+        "",
+    ]
+    lines += ["## Scores", ""]
+    if best is None:
+        lines += ["No scores: the validation images have no labels, or no epoch is done yet.", ""]
+    else:
+        own = [_own_row(config, "this run, best epoch", best)]
+        if scores[-1]["epoch"] != best["epoch"]:
+            own.append(_own_row(config, "this run, last epoch", scores[-1]))
+        published = [row for row in table("paper")["rows"] if row["dataset"] == config.data.name]
+        lines += _table(
+            ["method", "mIoU", "accuracy", "protocol", "source"],
+            [
+                [row["method"], _percent(row["miou"]), _percent(row["accuracy"]), row["protocol"], row["source"]]
+                for row in [*own, *baselines, *published]
+            ],
+        )
+        if not published:
+            lines += ["", f"The paper has no row for {config.data.name}: its tables are on VOC 2012 and COCO."]
+        lines += ["", f"mIoU and accuracy in percent. Protocol of this run's rows: {best['conditions']}.", ""]
+    deviating = deviations(config)
+    lines += ["## Deviations from the paper's method", ""]
+    lines += [f"- {line}" for line in deviating] or ["None."]
+    lines += [""]
+    if panels:
+        lines += ["## Panels", ""]
+        lines += [f"![{Path(name).stem}]({name})" for name in panels]
+        lines += [""]
+    if best is not None:
+        lines += [f"## Classes (epoch {best['epoch'] + 1})", ""]
+        iou = zip(classes.classes, best["iou"], best["assignment"], strict=True)
+        lines += _table(["class", "IoU", "predicted id"], [[name, _percent(100 * v), str(k)] for name, v, k in iou])
+        lines += ["", "## Epochs", ""]
+        lines += _table(
+            ["epoch", "step", "mIoU", "accuracy"],
+            [
+                [str(row["epoch"] + 1), str(row["step"]), _percent(100 * row["miou"]), _percent(100 * row["accuracy"])]
+                for row in scores
+            ],
+        )
+        lines += [""]
+    return "\n".join(lines)
+
+
+def _own_row(config: Config, name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "method": f"{config.method} ({name})",
+        "miou": 100 * entry["miou"],
+        "accuracy": 100 * entry["accuracy"],
+        "protocol": entry["protocol"],
+        "source": f"epoch {entry['epoch'] + 1}, {entry['images']} images",
+    }
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None or math.isnan(value) else f"{value:.2f}"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    cells = [[str(cell).replace("|", "\\|") for cell in row] for row in rows]
+    return [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(row)} |" for row in cells)]

@@ -1,0 +1,38 @@
+"""Train DMSA.
+
+One process, the embedded data set and backbone (minutes on two CPU cores):
+    python train.py
+PASCAL VOC 2012 on one host with six GPUs (the same global batch whatever their number):
+    torchrun --nproc_per_node=6 train.py --preset voc --data.root /data/voc
+Two hosts; run it on both, HOST is one of them:
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29400 train.py --preset coco80 \\
+        --data.root /data/coco
+
+The same command again goes on from the run folder's last checkpoint.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from dmsa.config import parse
+
+
+@record
+def main(argv: list[str] | None = None) -> int:
+    """Parse, build, run; return the exit status."""
+    try:
+        config = parse(argv, prog="train.py", description=__doc__ or "")
+    except (ValueError, TypeError, OSError) as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        return 2
+    from dmsa.engine.trainer import train
+
+    train(config, [sys.argv[0], *(sys.argv[1:] if argv is None else argv)])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
