@@ -114,13 +114,13 @@ class Trainer:
         found = self._find_checkpoint()
         distributed.on_main(lambda: self._open_folder())
 
-        _seed(config.train.seed)
+        seed_everything(config.train.seed)
         with distributed.main_first():
             self.encoder = build_encoder(config.model.encoder, config.model.weights).to(device)
         self.encoder_hash = fingerprint(self.encoder)
         self.centroids = self._centroids(found)
         # The bank may come from a cache: what is drawn from here on must not depend on that.
-        _seed(config.train.seed)
+        seed_everything(config.train.seed)
         self.task = Task(config, self.classes, self.encoder, self.centroids["vectors"])
         self.optimizer = build_optimizer(self.task.student, config)
         precision = PRECISIONS[config.train.precision]
@@ -550,7 +550,8 @@ def _label_counts(parts: list[Prepared], num_classes: int) -> Tensor:
     return sum((part.label.reshape(-1, 1) == ids).sum(0) for part in parts)
 
 
-def _seed(seed: int) -> None:
+def seed_everything(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's generators."""
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 (libraries draw from it)
     torch.manual_seed(seed)
