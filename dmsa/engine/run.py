@@ -63,7 +63,7 @@ class RunFolder:
             raise RuntimeError(
                 f"out={str(self.path)!r}: another process is training in this folder; stop it or choose another --out"
             ) from error
-        for folder in (self.path, self.checkpoints, self.panels):
+        for folder in (self.path, self.checkpoints, self.panels, self.cache, *self.cache.glob("*/")):
             remove_leftovers(folder)
 
     @property

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
+import json
 import math
 import os
 import random
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from dmsa.engine.report import draw_panels, png_bytes, report_text
 from dmsa.engine.run import RunFolder, launch_command
 from dmsa.engine.sampler import EpochBatches
 from dmsa.engine.task import LOSSES, Classes, Prepared, Task
+from dmsa.labels.clustering import prepare_centroids
 from dmsa.models.encoder import Encoder, build_encoder
 from dmsa.protocols import Protocol
 
@@ -133,6 +136,8 @@ class Trainer:
             self.encoder.compile_frozen()
             self.task.student.decoder.compile()
         if self.world_size > 1:
+            # The pyramid's 1x1 weights have another layout of the same memory than the reducer's buffer.
+            warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
             self.task.forward = nn.parallel.DistributedDataParallel(self.task.student, broadcast_buffers=False)
         if found is not None:
             checkpoint.set_rng_state(found["rng"][self.rank])
@@ -166,8 +171,14 @@ class Trainer:
         """Return the centroids `vectors` and their provenance, from the checkpoint or made from the training images."""
         if found is not None:
             return found["centroids"]
-        n = self.classes.n_things + self.classes.n_stuff
-        return {"vectors": torch.randn(n, self.encoder.embed_dim)}
+        cache = Path(self.config.out) / "cache"
+        made = prepare_centroids(self.encoder, self.train_data, self.config, cache)
+        return {
+            "vectors": made.vectors,
+            "n_things": made.n_things,
+            "n_stuff": made.n_stuff,
+            "provenance": json.dumps(made.provenance, sort_keys=True),
+        }
 
     def _restore(self, found: Mapping[str, Any]) -> int:
         """Put everything into the state of a checkpoint; return the length of metrics.jsonl then."""

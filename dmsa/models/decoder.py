@@ -18,10 +18,10 @@ class MaskTransformer(nn.Module):
         dim: width D of the incoming tokens and of the decoder, a multiple of `heads`.
         layers: transformer blocks.
         heads: attention heads.
-        dropout: of attention and MLP, in training.
+        dropout: of attention and MLP, in training. With any, a step's losses depend on how the batch is split.
     """
 
-    def __init__(self, num_classes: int, dim: int, layers: int = 2, heads: int = 6, dropout: float = 0.1) -> None:
+    def __init__(self, num_classes: int, dim: int, layers: int = 2, heads: int = 6, dropout: float = 0.0) -> None:
         from timm.models.vision_transformer import Block
 
         super().__init__()
