@@ -138,7 +138,7 @@ class Trainer:
         if self.world_size > 1:
             # The pyramid's 1x1 weights have another layout of the same memory than the reducer's buffer.
             warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-            self.task.forward = nn.parallel.DistributedDataParallel(self.task.student, broadcast_buffers=False)
+            self.task.forward = nn.parallel.DistributedDataParallel(self.task.student)
         if found is not None:
             checkpoint.set_rng_state(found["rng"][self.rank])
         self.log = MetricsLog(config.out, keep_bytes=keep_bytes, step=self.state.step)
@@ -300,7 +300,7 @@ class Trainer:
         if broken:
             self._stop_nonfinite()
         share = labels / max(labels.sum(), 1)
-        entropy = float(-(share[share > 0] * np.log(share[share > 0])).sum())
+        entropy = max(0.0, float(-(share[share > 0] * np.log(share[share > 0])).sum()))
         self.log.write(
             "train",
             self.state.step,
