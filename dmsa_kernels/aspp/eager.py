@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dmsa_kernels.aspp.layout import Tap, empty_map, is_channels_last, taps
+from dmsa_kernels.aspp.layout import Tap, empty_map, in_layout_of, is_channels_last, taps
 
 TILE_ELEMENTS = 1 << 18  # 1 MiB of float32: the running sum of one tile stays in a core's second-level cache
 WIDE_SUM_ELEMENTS = 1 << 16  # below this, sums in float64 cost next to nothing
@@ -43,7 +43,7 @@ def multi_dilation_dwconv_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of x ``[B, C, H, W]``, weight ``[R, C, k, k]`` and bias ``[R, C]``, ``[0]`` if unneeded."""
     branches, channels = weight.shape[:2]
-    grad = _in_layout_of(grad, x)
+    grad = in_layout_of(grad, x)
     grads = [grad] * branches if reduce == "sum" else _split(grad, branches)
     grad_x = empty_map(x, channels) if need_x else x.new_empty(0)
     grad_weight = weight.new_empty(weight.shape) if need_weight else weight.new_empty(0)
@@ -73,13 +73,6 @@ def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
 def _split(joined: Tensor, branches: int) -> list[Tensor]:
     """Return the R views ``[B, C, H, W]`` of ``[B, R * C, H, W]``."""
     return list(joined.unflatten(1, (branches, -1)).unbind(1))
-
-
-def _in_layout_of(grad: Tensor, x: Tensor) -> Tensor:
-    """Return ``grad`` in memory order like ``x``; expanded and sliced gradients of the same order stay as they are."""
-    if is_channels_last(x):
-        return grad if grad.stride(1) <= 1 else grad.contiguous(memory_format=torch.channels_last)
-    return grad if grad.stride(3) <= 1 and grad.stride(2) <= grad.stride(1) else grad.contiguous()
 
 
 def _tiles(like: Tensor) -> Iterator[_Tile]:

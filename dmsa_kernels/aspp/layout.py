@@ -22,6 +22,13 @@ def empty_map(like: Tensor, channels: int, dtype: torch.dtype | None = None) -> 
     return like.new_empty((batch, channels, height, width), dtype=dtype)
 
 
+def in_layout_of(grad: Tensor, x: Tensor) -> Tensor:
+    """Return ``grad`` in memory order like ``x``; expanded and sliced gradients of the same order stay as they are."""
+    if is_channels_last(x):
+        return grad if grad.stride(1) <= 1 else grad.contiguous(memory_format=torch.channels_last)
+    return grad if grad.stride(3) <= 1 and grad.stride(2) <= grad.stride(1) else grad.contiguous()
+
+
 class Tap(NamedTuple):
     """One filter tap: its place in the filter, its offset, and the output rows and columns whose input it reads."""
 

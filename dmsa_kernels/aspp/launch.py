@@ -1,0 +1,74 @@
+"""Launch plans of the depthwise kernels: plain numbers, chosen by layout, dtype and shape; knows no Triton.
+
+No plan is timed during an ordinary call, so calls stay free of synchronisation. The defaults follow from the memory
+hierarchy: a dilated filter meets a pixel again k * k times at distant places, so a program should own a region whose
+input stays in its multiprocessor's first-level cache until the last tap has passed. Channels first, that region is one
+plane; channels last, it is a sector's worth of channels of one small map, or a band of rows of a larger one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+SECTOR_BYTES = 32  # device memory is read in sectors; a narrower channel block would read others' channels
+PROGRAMS = 1056  # eight for each of the 132 multiprocessors of an H100 or H200
+BAND_PIXELS = 2048  # pixels of a large map that one program covers, when that gives enough programs
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One way to launch a kernel.
+
+    Attributes:
+        block_p: pixels of a tile, a power of two.
+        block_c: channels of a tile, a power of two.
+        tiles: tiles a program works through, one after another.
+        num_warps: warps of a program.
+    """
+
+    block_p: int
+    block_c: int
+    tiles: int
+    num_warps: int
+
+
+def power_of_two(value: int) -> int:
+    """Return the smallest power of two that is not below ``value``."""
+    return 1 << max(0, value - 1).bit_length()
+
+
+def gather_plan(batch: int, channels: int, pixels: int, dtype: torch.dtype, channels_last: bool) -> Plan:
+    """Return the plan of the forward kernel and of the input gradient, for ``[batch, channels, pixels]``.
+
+    A thread holds 8 values: 16-byte loads of 16-bit channels, two of float32.
+    """
+    block_c = 1
+    if channels_last:
+        block_c = min(power_of_two(channels), 2 * SECTOR_BYTES // dtype.itemsize)
+    num_warps = 4
+    block_p = min(power_of_two(pixels), max(16, 1024 // block_c))
+    per_tile_row = batch * -(-channels // block_c)  # programs, if each covered every tile
+    tiles = -(-pixels // block_p)
+    while tiles > 1 and tiles * block_p > BAND_PIXELS and per_tile_row * -(-pixels // (tiles * block_p)) < PROGRAMS:
+        tiles = -(-tiles // 2)
+    return Plan(block_p, block_c, power_of_two(tiles), num_warps)
+
+
+def weight_plan(
+    batch: int, channels: int, pixels: int, branches: int, kernel_size: int, dtype: torch.dtype, channels_last: bool
+) -> Plan:
+    """Return the plan of the weight gradient: ``tiles`` tiles of any image make one partial sum.
+
+    A program keeps one running sum a tap and value; fewer values a thread make room for more taps.
+    """
+    block_c = 1
+    if channels_last:
+        block_c = min(power_of_two(channels), SECTOR_BYTES // dtype.itemsize)
+    num_warps = 4
+    block_p = min(power_of_two(pixels), max(16, 1024 // block_c))
+    groups = branches * -(-channels // block_c) * (kernel_size if kernel_size > 3 else 1)
+    total = batch * -(-pixels // block_p)
+    splits = max(1, min(total, PROGRAMS // groups))
+    return Plan(block_p, block_c, power_of_two(-(-total // splits)), num_warps)

@@ -1,0 +1,202 @@
+"""The gradients: the input's as one summed gather, the weights' and biases' as float32 partial sums."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dmsa_kernels.aspp.launch import weight_plan
+from dmsa_kernels.aspp.layout import empty_map, in_layout_of, is_channels_last
+from dmsa_kernels.aspp.triton.forward import _shift, _tile_offsets, launch_gather, needs_wide_offsets, tap_major
+
+
+@triton.jit(do_not_specialize=["dilations"])
+def dwconv_bwd_w_kernel(
+    grad_ptr,
+    x_ptr,
+    grad_w_ptr,  # [S, R, k, k, C] float32
+    grad_bias_ptr,  # [S, R, C] float32
+    dilations,
+    batch,
+    channels,
+    height,
+    width,
+    stride_grad_b,
+    stride_grad_r,
+    stride_grad_c,
+    stride_grad_h,
+    stride_grad_w,
+    stride_x_b,
+    stride_x_c,
+    stride_x_h,
+    stride_x_w,
+    R: tl.constexpr,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    NEED_WEIGHT: tl.constexpr,
+    NEED_BIAS: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """grad_w_r,ij = sum_b,q grad_r(q) x(q + d_r (i - k // 2, j - k // 2)) over one split's tiles; grad_bias likewise.
+
+    One program owns ROWS rows of one branch's filters for a block of channels, and one running sum a tap in registers.
+    """
+    pid = tl.program_id(0)
+    groups: tl.constexpr = K // ROWS
+    blocks = tl.cdiv(channels, BLOCK_C)
+    # Programs of all branches and filter rows follow each other: they read the same x while it is in cache.
+    i_group = pid % groups
+    i_r = (pid // groups) % R
+    i_c = (pid // (groups * R)) % blocks
+    split = pid // (groups * R * blocks)
+    dilation = dilations[0]
+    for r in tl.static_range(1, R):
+        dilation = tl.where(i_r == r, dilations[r], dilation)
+    pixels = height * width
+    tiles = tl.cdiv(pixels, BLOCK_P)
+    o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_c = o_c < channels
+    grad_ptr += i_r.to(tl.int64) * stride_grad_r
+    sums = ()
+    for _ in tl.static_range(ROWS * K):
+        sums = sums + (tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32),)  # noqa: RUF005 Triton knows no unpacking
+    bias_sum = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
+    for t in range(TILES):
+        item = split * TILES + t
+        i_b = item // tiles
+        tile = item - i_b * tiles
+        if i_b < batch:
+            first_row = (tile * BLOCK_P) // width
+            last_row = tl.minimum(tile * BLOCK_P + BLOCK_P - 1, pixels - 1) // width
+            row, col, m_p, o_g = _tile_offsets(
+                tile, width, pixels, o_c, stride_grad_h, stride_grad_w, stride_grad_c, BLOCK_P, WIDE
+            )
+            _, _, _, o_x = _tile_offsets(tile, width, pixels, o_c, stride_x_h, stride_x_w, stride_x_c, BLOCK_P, WIDE)
+            p_x = x_ptr + i_b.to(tl.int64) * stride_x_b
+            p_g = grad_ptr + i_b.to(tl.int64) * stride_grad_b + o_g
+            # [P, C]
+            b_g = tl.load(p_g, mask=m_p[:, None] & m_c[None, :], other=0.0).to(tl.float32)
+            if NEED_BIAS:
+                bias_sum += b_g
+            if NEED_WEIGHT:
+                for i in tl.static_range(ROWS):
+                    dy = (i_group * ROWS + i - K // 2) * dilation
+                    if (last_row + dy >= 0) & (first_row + dy < height):
+                        m_row = m_p & (row + dy >= 0) & (row + dy < height)
+                        updated = ()
+                        for n in tl.static_range(ROWS * K):
+                            if n // K == i:
+                                dx = (n % K - K // 2) * dilation
+                                m_x = m_row & (col + dx >= 0) & (col + dx < width)
+                                p_shifted = p_x + _shift(dy, dx, stride_x_h, stride_x_w, WIDE) + o_x
+                                # [P, C]
+                                b_x = tl.load(p_shifted, mask=m_x[:, None] & m_c[None, :], other=0.0)
+                                updated = updated + (sums[n] + b_g * b_x.to(tl.float32),)  # noqa: RUF005
+                            else:
+                                updated = updated + (sums[n],)  # noqa: RUF005
+                        sums = updated
+    if NEED_WEIGHT:
+        p_w = grad_w_ptr + ((split * R + i_r).to(tl.int64) * K * K + i_group * ROWS * K) * channels
+        for n in tl.static_range(ROWS * K):
+            tl.store(p_w + n * channels + o_c, tl.sum(sums[n], axis=0), mask=m_c)
+    if NEED_BIAS and i_group == 0:
+        p_bias = grad_bias_ptr + (split * R + i_r).to(tl.int64) * channels
+        # Few values may cancel; in double precision only the running sums round.
+        tl.store(p_bias + o_c, tl.sum(bias_sum.to(tl.float64), axis=0).to(tl.float32), mask=m_c)
+
+
+def multi_dilation_dwconv_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    dilations: Sequence[int],
+    reduce: str,
+    *,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of x ``[B, C, H, W]``, weight ``[R, C, k, k]`` and bias ``[R, C]``, ``[0]`` if unneeded."""
+    channels = weight.shape[1]
+    grad = in_layout_of(grad, x)
+    branch_stride = 0 if reduce == "sum" else channels * grad.stride(1)
+    grad_x, grad_weight, grad_bias = x.new_empty(0), weight.new_empty(0), weight.new_empty(0)
+    if need_x:
+        grad_x = empty_map(x, channels)
+        launch_gather(grad[:, :channels], branch_stride, tap_major(weight.flip(2, 3)), None, dilations, grad_x, 0)
+    if need_weight or need_bias:
+        grad_weight, grad_bias = _parameter_gradients(
+            grad, branch_stride, x, weight, dilations, need_weight=need_weight, need_bias=need_bias
+        )
+    return grad_x, grad_weight, grad_bias
+
+
+def _parameter_gradients(
+    grad: Tensor,
+    branch_stride: int,
+    x: Tensor,
+    weight: Tensor,
+    dilations: Sequence[int],
+    *,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor]:
+    branches, channels, kernel_size, _ = weight.shape
+    batch, _, height, width = x.shape
+    if batch == 0:
+        return (
+            weight.new_zeros(weight.shape if need_weight else 0),
+            weight.new_zeros((branches, channels) if need_bias else 0),
+        )
+    plan = weight_plan(batch, channels, height * width, branches, kernel_size, x.dtype, is_channels_last(x))
+    rows = kernel_size if kernel_size == 3 or not need_weight else 1
+    blocks = triton.cdiv(channels, plan.block_c)
+    splits = triton.cdiv(batch * triton.cdiv(height * width, plan.block_p), plan.tiles)
+    partial_w = x.new_empty(
+        (splits, branches, kernel_size, kernel_size, channels) if need_weight else 0, dtype=torch.float32
+    )
+    partial_bias = x.new_empty((splits, branches, channels) if need_bias else 0, dtype=torch.float32)
+    farthest = max(height, width)
+    dwconv_bwd_w_kernel[(splits * blocks * branches * (kernel_size // rows),)](
+        grad,
+        x,
+        partial_w,
+        partial_bias,
+        tuple(min(dilation, farthest) for dilation in dilations),
+        batch,
+        channels,
+        height,
+        width,
+        grad.stride(0),
+        branch_stride,
+        grad.stride(1),
+        grad.stride(2),
+        grad.stride(3),
+        x.stride(0),
+        x.stride(1),
+        x.stride(2),
+        x.stride(3),
+        R=branches,
+        K=kernel_size,
+        ROWS=rows,
+        NEED_WEIGHT=need_weight,
+        NEED_BIAS=need_bias,
+        WIDE=needs_wide_offsets(x, 0, grad, branch_stride, branches, farthest),
+        BLOCK_P=plan.block_p,
+        BLOCK_C=plan.block_c,
+        TILES=plan.tiles,
+        num_warps=plan.num_warps,
+    )
+    grad_weight, grad_bias = weight.new_empty(0), weight.new_empty(0)
+    if need_weight:
+        grad_weight = partial_w.sum(0, dtype=torch.float64).permute(0, 3, 1, 2).to(weight.dtype).contiguous()
+    if need_bias:
+        grad_bias = partial_bias.sum(0, dtype=torch.float64).to(weight.dtype)
+    return grad_weight, grad_bias

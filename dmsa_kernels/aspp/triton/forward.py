@@ -1,0 +1,287 @@
+"""The forward kernel, its launcher, and the kernel with the pointwise projection behind the depthwise tile."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dmsa_kernels.aspp.launch import gather_plan
+from dmsa_kernels.aspp.layout import empty_map, is_channels_last
+
+
+@triton.jit
+def _tile_offsets(tile, width, pixels, o_c, stride_h, stride_w, stride_c, BLOCK_P: tl.constexpr, WIDE: tl.constexpr):
+    """Return row, column and mask of a tile's pixels [P], and their offsets in a map [P, C]."""
+    o_p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
+    row = o_p // width
+    col = o_p - row * width
+    if WIDE:
+        offsets = (row.to(tl.int64) * stride_h + col.to(tl.int64) * stride_w)[:, None]
+        offsets += (o_c.to(tl.int64) * stride_c)[None, :]
+    else:
+        offsets = (row * stride_h + col * stride_w)[:, None] + (o_c * stride_c)[None, :]
+    return row, col, o_p < pixels, offsets
+
+
+@triton.jit
+def _shift(dy, dx, stride_h, stride_w, WIDE: tl.constexpr):
+    """Return the elements between a pixel and the one ``dy`` rows and ``dx`` columns further."""
+    if WIDE:
+        # Not .to(): an argument specialised to 1 is a plain number.
+        zero = tl.zeros((), tl.int64)
+        return (zero + dy) * stride_h + (zero + dx) * stride_w
+    else:
+        return dy * stride_h + dx * stride_w
+
+
+@triton.jit
+def _add_taps(
+    acc,  # [P, C] float32
+    x_ptr,  # the source's image
+    w_ptr,  # [k, k, C], channels adjacent
+    offsets,  # [P, C]
+    row,
+    col,
+    m_p,
+    m_c,
+    o_c,
+    first_row,
+    last_row,
+    dilation,
+    height,
+    width,
+    channels,
+    stride_h,
+    stride_w,
+    K: tl.constexpr,
+    CENTRE: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Add one branch's taps to ``acc``; whole filter rows that miss the map for the whole tile are skipped."""
+    for i in tl.static_range(K):
+        dy = (i - K // 2) * dilation
+        if (last_row + dy >= 0) & (first_row + dy < height):
+            m_row = m_p & (row + dy >= 0) & (row + dy < height)
+            for j in tl.static_range(K):
+                if CENTRE or i != K // 2 or j != K // 2:
+                    dx = (j - K // 2) * dilation
+                    shift = _shift(dy, dx, stride_h, stride_w, WIDE)
+                    m_x = m_row & (col + dx >= 0) & (col + dx < width)
+                    # [P, C]
+                    b_x = tl.load(x_ptr + shift + offsets, mask=m_x[:, None] & m_c[None, :], other=0.0)
+                    # [C]
+                    b_w = tl.load(w_ptr + (i * K + j) * channels + o_c, mask=m_c, other=0.0)
+                    acc += b_x.to(tl.float32) * b_w.to(tl.float32)[None, :]
+    return acc
+
+
+@triton.jit(do_not_specialize=["dilations"])
+def dwconv_fwd_kernel(
+    x_ptr,
+    w_ptr,
+    bias_ptr,
+    y_ptr,
+    dilations,
+    channels,
+    height,
+    width,
+    bands,
+    stride_x_b,
+    stride_x_r,
+    stride_x_c,
+    stride_x_h,
+    stride_x_w,
+    stride_y_b,
+    stride_y_r,
+    stride_y_c,
+    stride_y_h,
+    stride_y_w,
+    R: tl.constexpr,
+    K: tl.constexpr,
+    SUM: tl.constexpr,
+    SHARED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    CHANNELS_FASTEST: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """y_r(q) = bias_r + sum_ij w_r,ij x_r(q + d_r (i - k // 2, j - k // 2)), or the sum of the y_r.
+
+    With one source for all branches (SHARED) its centre is loaded once. The gradient of the input is the same kernel
+    over the branches' gradients and flipped filters, summed up.
+    """
+    pid = tl.program_id(0)
+    blocks = tl.cdiv(channels, BLOCK_C)
+    if CHANNELS_FASTEST:
+        i_c = pid % blocks
+        band = (pid // blocks) % bands
+    else:
+        band = pid % bands
+        i_c = (pid // bands) % blocks
+    i_b = pid // (blocks * bands)
+    pixels = height * width
+    o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_c = o_c < channels
+    x_ptr += i_b.to(tl.int64) * stride_x_b
+    y_ptr += i_b.to(tl.int64) * stride_y_b
+    for t in range(TILES):
+        tile = band * TILES + t
+        first = tile * BLOCK_P
+        if first < pixels:
+            first_row = first // width
+            last_row = tl.minimum(first + BLOCK_P - 1, pixels - 1) // width
+            row, col, m_p, o_x = _tile_offsets(
+                tile, width, pixels, o_c, stride_x_h, stride_x_w, stride_x_c, BLOCK_P, WIDE
+            )
+            _, _, _, o_y = _tile_offsets(tile, width, pixels, o_c, stride_y_h, stride_y_w, stride_y_c, BLOCK_P, WIDE)
+            mask = m_p[:, None] & m_c[None, :]
+            total = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
+            if SHARED:
+                b_centre = tl.load(x_ptr + o_x, mask=mask, other=0.0).to(tl.float32)
+            for r in tl.static_range(R):
+                p_w = w_ptr + r * K * K * channels
+                if SHARED:
+                    b_w = tl.load(p_w + (K * K // 2) * channels + o_c, mask=m_c, other=0.0)
+                    acc = b_centre * b_w.to(tl.float32)[None, :]
+                else:
+                    acc = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
+                p_x = x_ptr + _shift(r, 0, stride_x_r, 0, WIDE)
+                p_y = y_ptr + _shift(r, 0, stride_y_r, 0, WIDE)
+                acc = _add_taps(
+                    acc,
+                    p_x,
+                    p_w,
+                    o_x,
+                    row,
+                    col,
+                    m_p,
+                    m_c,
+                    o_c,
+                    first_row,
+                    last_row,
+                    dilations[r],
+                    height,
+                    width,
+                    channels,
+                    stride_x_h,
+                    stride_x_w,
+                    K,
+                    not SHARED,
+                    WIDE,
+                )
+                if HAS_BIAS:
+                    b_bias = tl.load(bias_ptr + r * channels + o_c, mask=m_c, other=0.0)
+                    acc += b_bias.to(tl.float32)[None, :]
+                if SUM:
+                    total += acc
+                else:
+                    # The outputs are not read again here: let them leave the cache before the input does.
+                    b_y = acc.to(y_ptr.dtype.element_ty)
+                    tl.store(p_y + o_y, b_y, mask=mask, eviction_policy="evict_first")
+            if SUM:
+                b_y = total.to(y_ptr.dtype.element_ty)
+                tl.store(y_ptr + o_y, b_y, mask=mask, eviction_policy="evict_first")
+
+
+def multi_dilation_dwconv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, dilations: Sequence[int], reduce: str
+) -> Tensor:
+    """Compute ``[B, R * C, H, W]`` (``reduce="concat"``) or ``[B, C, H, W]`` (``"sum"``) from ``x [B, C, H, W]``."""
+    branches, channels = weight.shape[:2]
+    out = empty_map(x, channels * (1 if reduce == "sum" else branches))
+    branch_stride = 0 if reduce == "sum" else channels * out.stride(1)
+    launch_gather(x, 0, tap_major(weight), bias, dilations, out, branch_stride)
+    return out
+
+
+def tap_major(weight: Tensor) -> Tensor:
+    """Return ``[R, k, k, C]``, contiguous: the channels of one tap are adjacent, so that a tile loads them at once."""
+    return weight.permute(0, 2, 3, 1).contiguous()
+
+
+def launch_gather(
+    source: Tensor,
+    source_branch_stride: int,
+    filters: Tensor,
+    bias: Tensor | None,
+    dilations: Sequence[int],
+    out: Tensor,
+    out_branch_stride: int,
+) -> None:
+    """Launch the forward kernel.
+
+    Args:
+        source: the first branch's map ``[B, >= C, H, W]``, any strides.
+        source_branch_stride: elements from one branch's source to the next, 0 when they share it.
+        filters: ``[R, k, k, C]``, contiguous.
+        bias: ``[R, C]`` or ``None``.
+        dilations: R dilations.
+        out: the first branch's output, the shape of the source.
+        out_branch_stride: elements from one branch's output to the next, 0 to sum the branches up.
+    """
+    branches, kernel_size, _, channels = filters.shape
+    batch, _, height, width = out.shape
+    if out.numel() == 0:
+        return
+    channels_last = is_channels_last(out)
+    plan = gather_plan(batch, channels, height * width, out.dtype, channels_last)
+    blocks = triton.cdiv(channels, plan.block_c)
+    bands = triton.cdiv(height * width, plan.block_p * plan.tiles)
+    farthest = max(height, width)  # off-centre taps that far are outside: larger dilations change nothing
+    dwconv_fwd_kernel[(batch * blocks * bands,)](
+        source,
+        filters,
+        None if bias is None else bias.contiguous(),
+        out,
+        tuple(min(dilation, farthest) for dilation in dilations),
+        channels,
+        height,
+        width,
+        bands,
+        source.stride(0),
+        source_branch_stride,
+        source.stride(1),
+        source.stride(2),
+        source.stride(3),
+        out.stride(0),
+        out_branch_stride,
+        out.stride(1),
+        out.stride(2),
+        out.stride(3),
+        R=branches,
+        K=kernel_size,
+        SUM=out_branch_stride == 0,
+        SHARED=source_branch_stride == 0,
+        HAS_BIAS=bias is not None,
+        CHANNELS_FASTEST=channels_last,
+        WIDE=needs_wide_offsets(source, source_branch_stride, out, out_branch_stride, branches, farthest),
+        BLOCK_P=plan.block_p,
+        BLOCK_C=plan.block_c,
+        TILES=plan.tiles,
+        num_warps=plan.num_warps,
+    )
+
+
+def needs_wide_offsets(
+    source: Tensor, source_branch_stride: int, out: Tensor, out_branch_stride: int, branches: int, farthest: int
+) -> bool:
+    """Whether offsets inside one image, taps outside the map included, may pass 2^31 elements."""
+    return torch.iinfo(torch.int32).max < max(
+        _reach(source, farthest) + (branches - 1) * source_branch_stride,
+        _reach(out, 0) + (branches - 1) * out_branch_stride,
+    )
+
+
+def _reach(image: Tensor, margin: int) -> int:
+    """Return the largest offset a tile of one image may compute, masked places included."""
+    _, channels, height, width = image.shape
+    padding = 4096  # pixels and channels of a tile that overhang the map
+    rows = height + margin * 3 + padding // width
+    columns = width + margin * 3
+    return (channels + 128) * image.stride(1) + rows * image.stride(2) + columns * image.stride(3)
