@@ -24,12 +24,12 @@ class PretrainConfig:
     """Any timm ViT by name, or `shapes_vit_tiny`."""
     images: str | None = None
     """Folder of images, searched recursively (recipe `dino`)."""
-    size: int = 56
+    size: int = 48
     """Side of the training pictures (or of the large crops) in pixels, a multiple of the patch size."""
     steps: int = 8000
     """Optimiser steps; more may be asked for when resuming."""
     batch: int = 64
-    """Pictures a step."""
+    """Pictures of this size a step; fewer larger ones, more smaller ones."""
     lr: float = 1.5e-3
     """Peak learning rate of AdamW."""
     weight_decay: float = 0.05
@@ -76,6 +76,9 @@ def build_backbone(name: str, size: int) -> nn.Module:
         vit = timm.create_model(name, pretrained=False, num_classes=0, dynamic_img_size=True, img_size=size)
     else:
         raise ValueError(f"encoder={name!r}: expected 'shapes_vit_tiny' or a vision transformer of timm (vit_*, deit*)")
+    for module in vit.blocks.modules():
+        if isinstance(module, nn.Linear):  # timm's 0.02 is made for wide networks and long trainings
+            nn.init.xavier_uniform_(module.weight)
     if getattr(vit, "cls_token", None) is None:
         raise ValueError(f"encoder={name!r} has no class token; the labels need one")
     patch = vit.patch_embed.patch_size[0]
@@ -99,14 +102,15 @@ def _formula(config: PretrainConfig, vit: nn.Module):
     from dmsa.pretrain.quality import normalise
 
     categories = draw_categories(config.categories, config.seed)
-    head = FormulaHead(vit.embed_dim, config.categories)
+    head = FormulaHead(vit.embed_dim, categories.operator)
     patch = vit.patch_embed.patch_size[0]
-    # Three sizes keep the attention and the positions usable on other grids than the training's.
-    sizes = sorted({max(patch, config.size * share // 4 // patch * patch) for share in (3, 4, 4, 5)})
+    # Several sizes keep attention and positions usable on grids that the training size does not have.
+    sizes = [max(patch, round(config.size * share / patch) * patch) for share in (2 / 3, 1, 1, 1, 4 / 3, 2)]
 
     def loss_of_step(step: int, generator: torch.Generator) -> dict[str, Tensor]:
         size = sizes[int(torch.randint(len(sizes), (1,), generator=generator))]
-        images, owner = draw_batch(categories, config.batch, size, generator)
+        batch = max(1, config.batch * config.size**2 // size**2)  # the same number of pixels in every step
+        images, owner = draw_batch(categories, batch, size, generator)
         patches, shares = targets(owner, patch, config.categories)
         with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
             tokens = vit.forward_features(normalise(images))

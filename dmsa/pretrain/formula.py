@@ -175,7 +175,7 @@ def draw_batch(
     cos, sin = angle.cos(), angle.sin()
     x, y = dx * cos + dy * sin, dy * cos - dx * sin  # [B, O, S, S]
     inside = outline(c, x / radius, y / radius) & present[..., None, None]
-    scale = torch.exp(-0.3 + 0.65 * r[:, :, 4])
+    scale = torch.exp(-0.25 + 0.55 * r[:, :, 4])
     phase = 2 * math.pi * torch.rand(batch, objects, 3, generator=generator)
     centre = size * 0.15 * (r[:, :, 5:7] - 0.5)  # rings are not centred on the outline
     ink = texture(c, x / scale - centre[:, :, 0], y / scale - centre[:, :, 1], phase)
@@ -225,18 +225,26 @@ def targets(owner: Tensor, patch: int, categories: int) -> tuple[Tensor, Tensor]
 
 
 class FormulaHead(nn.Module):
-    """One cosine classifier for class token and patches, with one more logit for the background.
+    """One cosine classifier for class token and patches, one logit for the background, and an easier auxiliary task.
+
+    Hundreds of categories give hardly a gradient to an untrained network. The auxiliary linear layer names only the
+    category's operator (one of seven) and gets learning off the ground; it is dropped with the head.
 
     Args:
         dim: Width of a token.
-        categories: Number of categories.
+        operator: Index into `OPERATORS` of each category, int64 ``[categories]``.
     """
 
-    def __init__(self, dim: int, categories: int) -> None:
+    operator: Tensor
+
+    def __init__(self, dim: int, operator: Tensor) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(categories, dim) * dim**-0.5)
+        self.weight = nn.Parameter(torch.randn(len(operator), dim) * dim**-0.5)
         self.background = nn.Linear(dim, 1)
         self.log_scale = nn.Parameter(torch.tensor(math.log(12.0)))
+        self.auxiliary = nn.Linear(dim, len(OPERATORS))
+        # The background counts as one more operator.
+        self.register_buffer("operator", torch.cat([operator, torch.tensor([len(OPERATORS)])]), persistent=False)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of the class token ``[B, categories]`` and of the patches ``[B, N, categories + 1]``."""
@@ -244,22 +252,37 @@ class FormulaHead(nn.Module):
         cosine = scale * F.linear(F.normalize(tokens, dim=-1), F.normalize(self.weight, dim=-1))
         return cosine[:, 0], torch.cat([cosine[:, 1:], self.background(tokens[:, 1:])], dim=-1)
 
+    def auxiliary_loss(self, tokens: Tensor, patches: Tensor, shares: Tensor) -> Tensor:
+        """Cross-entropy of the operators, over class tokens and object patches; arguments as in `formula_loss`."""
+        logits = self.auxiliary(tokens).log_softmax(-1)
+        wanted = shares @ F.one_hot(self.operator[:-1], len(OPERATORS)).to(shares.dtype)
+        things = (patches >= 0) & (patches < shares.shape[1])
+        of_patches = F.nll_loss(logits[:, 1:][things], self.operator[patches[things]])
+        return of_patches - (wanted * logits[:, 0]).sum(-1).mean()
+
 
 def formula_loss(head: FormulaHead, tokens: Tensor, patches: Tensor, shares: Tensor) -> dict[str, Tensor]:
-    """Cross-entropy of the class token and of the patches (`targets`), and their accuracies."""
+    """Cross-entropy of class token and patches, the auxiliary term, and accuracies.
+
+    Args:
+        head: The classifiers.
+        tokens: Final tokens ``[B, 1 + N, D]``, the class token first.
+        patches: Targets of the patches, from `targets`.
+        shares: Targets of the class token, from `targets`.
+    """
     of_class, of_patches = head(tokens)
     loss_class = -(shares * of_class.log_softmax(-1)).sum(-1).mean()
     loss_patch = F.cross_entropy(of_patches.flatten(0, 1), patches.flatten(), ignore_index=-100)
+    auxiliary = head.auxiliary_loss(tokens, patches, shares)
     with torch.no_grad():
-        known = patches != -100
-        things = known & (patches < shares.shape[1])
-        hit = of_patches.argmax(-1) == patches
+        things = (patches >= 0) & (patches < shares.shape[1])
         accuracy = (of_class.argmax(-1) == shares.argmax(-1)).float().mean()
-        accuracy_patch = hit[things].float().mean()
+        accuracy_patch = (of_patches[..., :-1].argmax(-1) == patches)[things].float().mean()
     return {
-        "loss": loss_class + loss_patch,
+        "loss": loss_class + loss_patch + 0.5 * auxiliary,
         "loss_class": loss_class,
         "loss_patch": loss_patch,
+        "loss_operator": auxiliary,
         "accuracy_class": accuracy,
         "accuracy_patch": accuracy_patch,
     }

@@ -122,7 +122,7 @@ def object_crops(count: int, side: int, seed: int) -> tuple[Tensor, np.ndarray]:
     return normalise(torch.cat(crops[:count])), np.array(kinds[:count])
 
 
-def measure(vit: nn.Module, *, size: int = 128, pictures: int = 120, crops: int = 300, seed: int = 0) -> Quality:
+def measure(vit: nn.Module, *, size: int = 96, pictures: int = 120, crops: int = 300, seed: int = 0) -> Quality:
     """Measure a timm vision transformer on ``shapes``.
 
     Args:

@@ -18,7 +18,7 @@ def shapes_vit_tiny() -> tuple[dict[str, Any], Path]:
     from dmsa.models.conv_stem import ConvStem
 
     kwargs = {
-        "img_size": 56,
+        "img_size": 48,
         "patch_size": 8,
         "embed_dim": 128,
         "depth": 4,

@@ -1,0 +1,341 @@
+"""Pre-training: the categories, both recipes, resuming, the stem, the quality report and the shipped weights."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dmsa.data.shapes import OUTLINES, TEXTURES, THINGS
+from dmsa.models.conv_stem import ConvStem
+from dmsa.pretrain import PretrainConfig, build_backbone, main, pretrain
+from dmsa.pretrain.dino import random_crop, sinkhorn
+from dmsa.pretrain.formula import (
+    ANGLE,
+    LOBES,
+    OPERATORS,
+    FormulaHead,
+    draw_batch,
+    draw_categories,
+    formula_loss,
+    outline,
+    targets,
+    texture,
+)
+from dmsa.pretrain.loop import learning_rate
+from dmsa.pretrain.quality import mean_iou, measure, patch_labels, tokens_and_attention
+from dmsa.weights import shapes_vit_tiny
+
+TINY = {"encoder": "shapes_vit_tiny", "size": 32, "batch": 4, "threads": 1, "log_every": 2, "report_pictures": 0}
+MEASURE = {"pictures": 16, "crops": 48, "size": 64}
+
+
+def spectra(images: np.ndarray) -> np.ndarray:
+    """Rotation-invariant fingerprint of textures ``[N, S, S]``: how the energy spreads over rings and over angles.
+
+    Scale-invariant too: frequencies are counted in units of the strongest ring.
+    """
+    size = images.shape[-1]
+    window = np.hanning(size)[:, None] * np.hanning(size)[None]
+    centred = (images - images.mean((1, 2), keepdims=True)) * window
+    power = np.abs(np.fft.fftshift(np.fft.fft2(centred), axes=(1, 2))) ** 2
+    axis = np.arange(size) - size // 2
+    radius, angle = np.hypot(axis[:, None], axis[None]), np.arctan2(axis[:, None], axis[None]) % np.pi
+    done = []
+    for one in power:
+        rings = np.bincount(radius.astype(int).ravel(), one.ravel())[: size // 2]
+        peak = 2 + np.argmax(rings[2:])
+        # 24 angles, of the energy between 0.6 and 2.6 times the strongest frequency, in 3 bands
+        fingerprint = []
+        for low, high in ((0.6, 1.25), (1.25, 1.8), (1.8, 2.6)):
+            band = (radius >= low * peak) & (radius < high * peak)
+            fingerprint.append(np.bincount((angle[band] * 24 / np.pi).astype(int) % 24, one[band], minlength=24))
+        done.append(np.stack(fingerprint))
+    done = np.stack(done)
+    # Rotations shift the angles: the magnitude of the Fourier transform along them does not change.
+    done = np.abs(np.fft.rfft(done, axis=-1)).reshape(len(images), -1)
+    return done / np.linalg.norm(done, axis=1, keepdims=True)
+
+
+def draw_shapes_texture(name: str, seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    axis = np.arange(96) / rng.uniform(9, 12)
+    turn, shift = rng.uniform(0, math.pi), rng.random(2)
+    y, x = axis[:, None], axis[None, :]
+    u, v = x * math.cos(turn) + y * math.sin(turn) + shift[0], y * math.cos(turn) - x * math.sin(turn) + shift[1]
+    return TEXTURES[name](u, v, rng).astype(float)
+
+
+def test_categories_exclude_the_classes_of_shapes_by_construction():
+    categories = draw_categories(400, 0)
+    # Every texture of `shapes` is built on axes at right angles or on none; no two gratings of a category are
+    # perpendicular or parallel, and no category is a single grating.
+    assert not set(OPERATORS) & set(TEXTURES)
+    degrees = torch.rad2deg(categories.angle)
+    assert (degrees[:, 0] == 0).all()
+    for i, j in ((0, 1), (0, 2)):
+        between = (degrees[:, i] - degrees[:, j]).abs()
+        assert between.min() >= ANGLE[0]
+        assert between.max() <= ANGLE[1]
+    # Every outline of `shapes` is a disc or has straight edges; those of the categories have two harmonics.
+    assert (categories.lobes[:, 0] >= LOBES[0]).all()
+    assert (categories.lobes[:, 0] != categories.lobes[:, 1]).all()
+    assert (categories.amplitude > 0.05).all()
+
+
+def test_no_category_has_an_outline_of_shapes():
+    categories = draw_categories(400, 0)
+    axis = torch.linspace(-1.6, 1.6, 49)
+    y, x = axis[:, None].expand(49, 49), axis[None, :].expand(49, 49)
+    drawn = outline(categories, x.expand(400, 49, 49), y.expand(400, 49, 49)).flatten(1).float()  # [400, P]
+    for name, kind in THINGS.items():
+        best = torch.zeros(400)
+        for turn in torch.linspace(0, 2 * math.pi, 25)[:-1]:
+            for scale in (0.9, 1.0, 1.1, 1.2, 1.3):
+                u, v = (x * turn.cos() + y * turn.sin()) / scale, (y * turn.cos() - x * turn.sin()) / scale
+                held_out = torch.from_numpy(OUTLINES[kind[0]](u.numpy(), v.numpy())).flatten().float()
+                common = drawn @ held_out
+                best = torch.maximum(best, common / (drawn.sum(1) + held_out.sum() - common))
+        assert best.max() < 0.93, f"{name}: a category's outline overlaps it by {best.max():.3f}"
+    # The measure would find an outline of `shapes` among them, even half a step off in angle and size.
+    for name, kind in THINGS.items():
+        shape = OUTLINES[kind[0]]
+        held_out = torch.from_numpy(shape(x.numpy(), y.numpy()))
+        turn, scale = math.pi / 24, 1.05
+        u, v = (x * math.cos(turn) + y * math.sin(turn)) / scale, (y * math.cos(turn) - x * math.sin(turn)) / scale
+        copy = torch.from_numpy(shape(u.numpy(), v.numpy()))
+        found = (copy & held_out).sum() / (copy | held_out).sum()
+        assert found > 0.8, f"{name}: {found:.3f}"
+
+
+def direction(images: np.ndarray) -> np.ndarray:
+    """Share of the energy of textures ``[N, S, S]`` in their strongest sector of 37 degrees; 1 for a single grating."""
+    size = images.shape[-1]
+    window = np.hanning(size)[:, None] * np.hanning(size)[None]
+    power = np.fft.fft2((images - images.mean((1, 2), keepdims=True)) * window)
+    power = np.abs(np.fft.fftshift(power, axes=(1, 2))) ** 2
+    axis = np.arange(size) - size // 2
+    sector = np.minimum((np.arctan2(axis[:, None], axis[None]) % np.pi * 24 / np.pi).astype(int), 23).ravel()
+    counts = np.stack([np.bincount(sector, one.ravel(), minlength=24) for one in power])
+    wide = sum(np.roll(counts, shift, axis=1) for shift in range(-2, 3))
+    return wide.max(1) / counts.sum(1)
+
+
+def test_no_category_has_a_texture_of_shapes():
+    count = 400
+    categories = draw_categories(count, 0)
+    axis = torch.arange(96.0)
+    y, x = axis[:, None].expand(count, 96, 96), axis[None, :].expand(count, 96, 96)
+    drawn = (texture(categories, x - 48, y - 48, torch.zeros(count, 3)) > 0.5).numpy().astype(float)
+    held_out = {name: np.stack([draw_shapes_texture(name, seed) for seed in range(6)]) for name in TEXTURES}
+    # Stripes: all energy in one direction.
+    assert direction(held_out["stripes"]).min() > 0.92
+    assert direction(drawn).max() < 0.88
+    # The others: their fingerprint is closer to their own in another size and angle than to any category's.
+    prints = spectra(drawn)
+    for name in set(TEXTURES) - {"stripes"}:
+        own = spectra(held_out[name])
+        itself = (own @ own.T)[np.triu_indices(6, 1)].mean()
+        assert (prints @ own.T).mean(1).max() < itself, name
+
+
+def test_draw_batch_is_reproducible_and_labels_are_where_the_objects_are():
+    categories = draw_categories(20, 1)
+    image, owner = draw_batch(categories, 8, 48, torch.Generator().manual_seed(5))
+    again, owner_again = draw_batch(categories, 8, 48, torch.Generator().manual_seed(5))
+    assert torch.equal(image, again)
+    assert torch.equal(owner, owner_again)
+    other, _ = draw_batch(categories, 8, 48, torch.Generator().manual_seed(6))
+    assert not torch.equal(image, other)
+    assert image.shape == (8, 3, 48, 48)
+    assert image.min() >= 0
+    assert image.max() <= 1
+    assert owner.min() == -1
+    assert owner.max() < 20
+    assert (owner >= 0).flatten(1).any(1).all()
+    assert 0.2 < (owner >= 0).float().mean() < 0.7
+
+
+def test_targets_by_hand():
+    owner = torch.full((1, 8, 8), -1)
+    owner[0, :4, :4] = 2  # one whole patch
+    owner[0, :4, 4:6] = 1  # half a patch: unclear
+    owner[0, 4:, :1] = 0  # a quarter of a patch: background prevails
+    patches, shares = targets(owner, 4, 3)
+    assert patches.tolist() == [[2, -100, 3, 3]]
+    torch.testing.assert_close(shares, torch.tensor([[4.0, 8.0, 16.0]]) / 28)
+
+
+def test_class_token_of_an_empty_picture_has_no_target():
+    patches, shares = targets(torch.full((2, 8, 8), -1), 4, 3)
+    assert (patches == 3).all()
+    assert (shares == 0).all()
+    head = FormulaHead(16, torch.tensor([0, 1, 2]))
+    figures = formula_loss(head, torch.randn(2, 5, 16), patches, shares)
+    assert figures["loss_class"] == 0
+
+
+def test_sinkhorn_uses_every_prototype_and_follows_the_scores():
+    scores = torch.nn.functional.normalize(torch.randn(64, 16), dim=1) @ torch.eye(16)
+    assignment = sinkhorn(scores, iterations=20)
+    torch.testing.assert_close(assignment.sum(1), torch.ones(64))
+    torch.testing.assert_close(assignment.sum(0), torch.full((16,), 4.0), rtol=0.02, atol=0.02)
+    # A bias towards one prototype is what centring cannot take away; Sinkhorn does.
+    biased = scores + 5 * torch.nn.functional.one_hot(torch.tensor(3), 16)
+    torch.testing.assert_close(sinkhorn(biased, iterations=20), assignment, rtol=1e-3, atol=1e-4)
+    assert torch.isfinite(sinkhorn(torch.zeros(4, 3))).all()
+
+
+@pytest.mark.parametrize("shape", [(3, 40, 60), (3, 5, 90), (3, 200, 20)])
+def test_random_crop_of_any_shape(shape):
+    image = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for seed in range(6):
+        crop = random_crop(image, 24, (0.1, 1.0), torch.Generator().manual_seed(seed))
+        assert crop.shape == (3, 24, 24)
+        assert crop.min() >= 0
+        assert crop.max() <= 1
+
+
+def test_learning_rate_warms_up_stays_and_cools_down():
+    rates = [learning_rate(step, 4000, 1.0, 0.25) for step in range(4000)]
+    assert rates[0] == pytest.approx(1 / 200)
+    assert rates[199] == rates[2000] == 1
+    assert rates[3000] == pytest.approx(1)
+    assert rates[3500] == pytest.approx(0.5)
+    assert 0 < rates[-1] < 0.01
+    # The plateau does not depend on the length: a run may be prolonged.
+    assert rates[2500] == learning_rate(2500, 9000, 1.0, 0.25)
+
+
+@pytest.mark.parametrize("patch", [4, 8, 16])
+def test_conv_stem_has_the_grid_of_a_patch_embedding(patch):
+    stem = ConvStem(64, patch, 3, 32)
+    assert stem(torch.randn(2, 3, 64, 64)).shape == (2, (64 // patch) ** 2, 32)
+    assert stem.grid_size == (64 // patch, 64 // patch)
+    with pytest.raises(ValueError, match="patch_size=6"):
+        ConvStem(64, 6, 3, 32)
+
+
+def test_mean_iou_and_patch_labels_by_hand():
+    label = np.array([0, 0, 1, 1])
+    assert mean_iou(np.array([1, 1, 0, 0]), label, 2, match=True) == 100
+    assert mean_iou(np.array([1, 1, 0, 0]), label, 2, match=False) == 0
+    assert mean_iou(np.array([0, 1, 1, 1]), label, 2, match=False) == pytest.approx(100 * (1 / 2 + 2 / 3) / 2)
+    square = np.zeros((1, 4, 4), dtype=np.uint8)
+    square[0, :2, 2:] = 2
+    square[0, 3, 3] = 1
+    assert patch_labels(square, 2, 3).tolist() == [[[0, 2], [0, 0]]]
+
+
+def test_attention_row_is_the_one_of_the_network():
+    torch.manual_seed(0)
+    vit = build_backbone("shapes_vit_tiny", 32).eval()
+    images = torch.randn(2, 3, 32, 48)
+    tokens, attention = tokens_and_attention(vit, images)
+    assert attention.shape == (2, 24)
+    with torch.no_grad():
+        torch.testing.assert_close(tokens, vit.forward_features(images))
+        # The class token's output changes along the attended values only.
+        last = vit.blocks[-1]
+        seen: list[torch.Tensor] = []
+        last.attn.fused_attn = False
+        last.attn.attn_drop.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        vit.forward_features(images)
+    torch.testing.assert_close(attention, seen[0][:, :, 0, 1:].mean(1))
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    (folder / "deeper").mkdir()
+    for i in range(5):
+        pixels = rng.integers(0, 256, (50 + 10 * i, 70, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / ("deeper" if i % 2 else ".") / f"{i}.png")
+    return folder
+
+
+@pytest.mark.parametrize("recipe", ["formula", "dino"])
+def test_resume_is_bit_identical(recipe, photos, tmp_path):
+    common = {**TINY, "recipe": recipe, "steps": 6, "images": str(photos) if recipe == "dino" else None}
+    common |= {"categories": 12, "prototypes": 8, "local_crops": 2}
+    pretrain(PretrainConfig(**common, out=str(tmp_path / "whole")))
+    first = PretrainConfig(**common, out=str(tmp_path / "parts"), stop_after=3)
+    pretrain(first)
+    assert torch.load(tmp_path / "parts/last.pt", weights_only=True)["step"] == 3
+    pretrain(first)
+    whole = torch.load(tmp_path / "whole/last.pt", weights_only=True)
+    parts = torch.load(tmp_path / "parts/last.pt", weights_only=True)
+    assert whole["step"] == parts["step"] == 6
+    assert whole["modules"].keys() == parts["modules"].keys()
+    assert all(torch.equal(value, parts["modules"][key]) for key, value in whole["modules"].items())
+    lines = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    assert all(math.isfinite(line["loss"]) for line in lines)
+
+
+def test_formula_learns(tmp_path):
+    torch.manual_seed(0)
+    config = PretrainConfig(
+        **{**TINY, "batch": 16, "log_every": 1}, categories=7, steps=40, lr=2e-3, out=str(tmp_path), seed=1
+    )
+    pretrain(config)
+    lines = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert np.mean(lines[-5:]) < 0.85 * np.mean(lines[:5])
+
+
+def test_any_timm_vit_and_the_saved_file_loads(tmp_path):
+    from safetensors.torch import load_file
+
+    config = PretrainConfig(**{**TINY, "encoder": "test_vit", "batch": 2}, categories=7, steps=1, out=str(tmp_path))
+    pretrain(config)
+    state = load_file(tmp_path / "encoder.safetensors")
+    assert all(value.dtype == torch.float16 for value in state.values())
+    build_backbone("test_vit", 32).load_state_dict(state)
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
+    config = {**TINY, "batch": 2, "steps": 1, "out": str(tmp_path)}
+    pretrain(PretrainConfig(**config, categories=7))
+    with pytest.raises(ValueError, match=r"categories.*7, 8"):
+        pretrain(PretrainConfig(**config, categories=8))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--recipe", "dino"], "needs a folder of images"),
+        (["--recipe", "dino", "--images", "{empty}"], "holds 0 images"),
+        (["--encoder", "resnet18"], "encoder='resnet18'"),
+        (["--size", "30"], "multiple of the patch size"),
+        (["--steps", "0"], "steps=0"),
+        (["--categories", "1"], "at least 2 categories"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message, tmp_path, capsys):
+    arguments = [a.replace("{empty}", str(tmp_path)) for a in arguments]
+    assert main([*arguments, "--out", str(tmp_path / "run"), "--report-pictures", "0"]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_shipped_weights_are_small_and_better_than_none():
+    from safetensors.torch import load_file
+
+    arguments, path = shapes_vit_tiny()
+    assert path.stat().st_size < 8e6
+    torch.manual_seed(0)
+    vit = build_backbone("shapes_vit_tiny", 64)
+    untrained = measure(vit, **MEASURE)
+    vit.load_state_dict(load_file(path))
+    shipped = measure(vit, **MEASURE)
+    assert arguments["embed_dim"] == vit.embed_dim
+    assert shipped.probe_miou > untrained.probe_miou + 15
+    assert shipped.patch_kmeans_miou > untrained.patch_kmeans_miou + 5
+    assert shipped.crop_accuracy > untrained.crop_accuracy + 15
+    assert shipped.attention_auc > 75
+    assert (path.parent / "README.md").read_text().count("dmsa pretrain") >= 1
