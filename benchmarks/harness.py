@@ -4,7 +4,7 @@ A row is one operator on one workload with all its candidates (ours and the base
 
 1. runs every candidate once on fresh inputs and compares it with a higher-precision reference (the gate): the result
    of a candidate that fails is `wrong`, and no speed-up is given for it, nor for any candidate if ours fails;
-2. keeps what the first call took beyond a steady one (compilation and tuning) apart from the timing;
+2. keeps tuning, and what the first call took beyond a steady one (compilation), apart from the timing;
 3. times the candidates interleaved, round by round, over several sets of inputs so that they are read from memory and
    not from the last-level cache; reports the median and the 20th and 80th percentile;
 4. measures peak memory, and divides the bytes that the operator must move by the time, as a share of the copy
@@ -22,6 +22,7 @@ import dataclasses
 import datetime
 import functools
 import gc
+import importlib.metadata
 import math
 import os
 import platform
@@ -54,6 +55,8 @@ class Candidate:
     """Such as `ours`, `materialising`, `padded slices`, `torch.compile(padded slices)`."""
     run: Callable[..., Any]
     """Called with the row's inputs; returns a tensor or a tuple of tensors."""
+    tune: Callable[..., Any] | None = None
+    """Called with the row's inputs before everything else: measures launch configurations for them."""
     ours: bool = False
     """The first candidate with `ours` is what the speed-ups compare with."""
     peak_bytes: int = 0
@@ -134,9 +137,9 @@ class Result:
     graph_ms: float = math.nan
     """Median of one call inside a replayed CUDA graph."""
     first_call_s: float = math.nan
-    """First call minus a steady one: compilation and tuning."""
+    """First call minus a steady one: compilation."""
     tune_s: float = math.nan
-    """Part of `first_call_s` that the autotuner spent measuring configurations."""
+    """Time spent measuring launch configurations beforehand (with what that had to compile)."""
     speedup: float = math.nan
     """Median over the rounds of this candidate's time over ours."""
     peak_bytes: int = -1
@@ -259,12 +262,12 @@ def _cpu_llc_bytes() -> int:
     return max(sizes)
 
 
-def _versions() -> dict[str, str]:
-    versions = {"torch": torch.__version__, "python": platform.python_version()}
-    for name in ("triton", "timm"):
-        with contextlib.suppress(ImportError):
-            versions[name] = __import__(name).__version__
-    return versions
+def versions() -> dict[str, str]:
+    """Return the versions that decide speed: torch, Python, and Triton where it is installed."""
+    found = {"torch": torch.__version__, "python": platform.python_version()}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        found["triton"] = importlib.metadata.version("triton")
+    return found
 
 
 def _copy_gb_per_s(device: torch.device, nbytes: int) -> float:
@@ -316,7 +319,7 @@ def machine(device: torch.device | None = None) -> Machine:
             cache_gb_per_s=_cpu_cache_gb_per_s(),
             cache_how="measured, resident in L2",
             llc_bytes=_cpu_llc_bytes(),
-            versions=_versions(),
+            versions=versions(),
         )
     properties = torch.cuda.get_device_properties(device)
     per_clock = L1_BYTES_PER_CLOCK["hip" if torch.version.hip else "cuda"]
@@ -333,7 +336,7 @@ def machine(device: torch.device | None = None) -> Machine:
         cache_gb_per_s=cache,
         cache_how=how,
         llc_bytes=getattr(properties, "L2_cache_size", 64 << 20),
-        versions=_versions(),
+        versions=versions(),
     )
 
 
@@ -450,7 +453,8 @@ def human_bytes(count: float) -> str:
     return f"{count:.0f} B"
 
 
-def _release(device: torch.device) -> None:
+def release(device: torch.device) -> None:
+    """Give unused memory back, so that one candidate's leftovers do not limit the next."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -508,18 +512,6 @@ def graph_seconds(run: Callable[..., Any], sets: Sequence[tuple], repeats: int =
     return statistics.median(samples) / len(sets)
 
 
-def _autotune_seconds() -> float:
-    """Return the seconds that this library's autotuners have spent measuring configurations in this process."""
-    total = 0.0
-    with contextlib.suppress(ImportError):
-        from triton.runtime.autotuner import Autotuner
-
-        for item in gc.get_objects():
-            if type(item) is Autotuner:
-                total += getattr(item, "bench_time", 0.0) or 0.0
-    return total
-
-
 def measure(
     row: Row,
     mach: Machine | None = None,
@@ -559,7 +551,7 @@ def measure(
             raise
         for result in results:
             result.status, result.note = "out of memory", "the inputs or the reference do not fit"
-        _release(device)
+        release(device)
         return results
 
     timers: dict[int, _Timer] = {}
@@ -585,18 +577,20 @@ def measure(
             result.peak_bytes, result.peak_how = peak_memory(lambda c=candidate: c.run(*first), device)
         except Exception as error:
             _failed(result, error, mach)
-            _release(device)
+            release(device)
             continue
         timers[i] = _Timer(candidate, sets, device, steady)
-        _release(device)
+        release(device)
     expected = None
-    _release(device)
+    release(device)
 
     if timers:
-        # Enough sets that one round trip through them passes four times the last-level cache.
+        # Enough sets that one round trip through them passes four times the last-level cache; inputs that hold no
+        # tensor have nothing to rotate.
         headroom = (free_host_bytes() if not mach.on_gpu else torch.cuda.mem_get_info(device)[0]) // 4
-        copies = math.ceil(4 * mach.llc_bytes / max(input_bytes, 1))
-        copies = max(1, min(copies, 32, headroom // max(input_bytes, 1)))
+        copies = 1
+        if input_bytes:
+            copies = max(1, min(math.ceil(4 * mach.llc_bytes / input_bytes), 32, headroom // input_bytes))
         sets.extend(row.inputs(device, seed) for seed in range(1, copies))
         _rounds(row, results, timers, mach, seconds, min_rounds, max_rounds)
     _finish(row, results, mach)
@@ -643,15 +637,17 @@ _commit_once = functools.cache(commit)
 
 def _gate(row: Row, candidate: Candidate, result: Result, inputs: tuple, expected: Any, device: torch.device) -> float:
     """Run once for the gate and again for the steady time; return the steady seconds."""
-    tuned = _autotune_seconds() if candidate.ours else 0.0
+    if candidate.tune is not None:
+        start = time.perf_counter()
+        candidate.tune(*inputs)
+        _synchronize(device)
+        result.tune_s = time.perf_counter() - start
     guard = contextlib.nullcontext() if candidate.compiled else poisoned()
     start = time.perf_counter()
     with guard:
         out = candidate.run(*inputs)
         _synchronize(device)
     first_call = time.perf_counter() - start
-    if candidate.ours:
-        result.tune_s = _autotune_seconds() - tuned
     if expected is None:
         result.error = _finite_error(out)
     else:
@@ -690,7 +686,7 @@ def _rounds(
             except Exception as error:
                 _failed(results[i], error, mach)
                 del timers[i]
-                _release(mach.device)
+                release(mach.device)
         rounds += 1
     primary = next((timers[i].samples for i, result in enumerate(results) if i in timers and result.ours), None)
     for i, timer in timers.items():
@@ -706,7 +702,7 @@ def _rounds(
             except Exception as error:
                 result.note = _join(result.note, f"no CUDA graph: {_first_line(error)}")
                 torch.cuda.synchronize()
-            _release(mach.device)
+            release(mach.device)
 
 
 def _finish(row: Row, results: list[Result], mach: Machine) -> None:
@@ -845,8 +841,9 @@ def table(results: Sequence[Result]) -> str:
         if not math.isnan(result.percent_cache):
             parts.append(f"{result.percent_cache:.0f} % of cache")
         if result.first_call_s >= 0.5:
-            tuned = f", {result.tune_s:.1f} s of it tuning" if result.tune_s > 0 else ""
-            parts.append(f"first call +{result.first_call_s:.1f} s{tuned}")
+            parts.append(f"first call +{result.first_call_s:.1f} s")
+        if result.tune_s > 0:
+            parts.append(f"tuned in {result.tune_s:.1f} s")
         if result.note:
             parts.append(result.note)
         lines.append((name, ", ".join(parts)))
