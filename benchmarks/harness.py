@@ -271,10 +271,10 @@ def versions() -> dict[str, str]:
 
 
 def _copy_gb_per_s(device: torch.device, nbytes: int) -> float:
-    """Measure a large copy on `device`, bytes read plus bytes written; a ceiling, hence the fastest of 12."""
+    """Measure a large copy on `device`, bytes read plus bytes written; a ceiling, hence the fastest of 8."""
     source = torch.randint(0, 255, (nbytes,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * nbytes / min(_time_once(lambda: target.copy_(source), device) for _ in range(12)) / 1e9
+    return 2 * nbytes / min(_time_once(lambda: target.copy_(source), device) for _ in range(8)) / 1e9
 
 
 def _cpu_cache_gb_per_s() -> float:
@@ -315,7 +315,7 @@ def machine(device: torch.device | None = None) -> Machine:
             device=device,
             hardware=cpu_name(),
             memory_bytes=free_host_bytes(),
-            copy_gb_per_s=_copy_gb_per_s(device, 256 << 20),
+            copy_gb_per_s=_copy_gb_per_s(device, 128 << 20),
             cache_gb_per_s=_cpu_cache_gb_per_s(),
             cache_how="measured, resident in L2",
             llc_bytes=_cpu_llc_bytes(),
