@@ -1,0 +1,243 @@
+"""The affinity kernel: a guide image in, P weights a pixel out.
+
+One thread owns one pixel and keeps the P samples of one image channel and the P scores in registers, so every sample is
+loaded once a channel: ``K * P`` loads a pixel instead of ``3 * K * P`` for a mean, a variance and a score pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dmsa_kernels import tuning
+from dmsa_kernels.refine.triton.common import LAUNCH, device_guard, needs_int64, position_weights
+
+# Image channels one launch takes; more are summed over several launches.
+MAX_CHANNELS = 4
+
+
+@triton.jit
+def abs_power(x, EXPONENT: tl.constexpr):
+    """``x ** EXPONENT`` for ``x >= 0``."""
+    if EXPONENT == 2:
+        return x * x
+    elif EXPONENT == 1:
+        return x
+    else:
+        # log2(0) = -inf and exp2(-inf) = 0, as it should be
+        return tl.exp2(tl.log2(x) * EXPONENT)
+
+
+@triton.jit
+def tap_offsets():
+    """Return the rows and columns ``[8, 1]`` of a 3x3 window's taps in order, the centre left out."""
+    o_tap = tl.arange(0, 8)
+    o_tap = (o_tap + (o_tap >= 4).to(tl.int32))[:, None]
+    return o_tap // 3 - 1, o_tap % 3 - 1
+
+
+@triton.jit
+def neighbourhood(
+    p_image, o_y, o_x, height, width, stride_h, stride_w, DILATIONS: tl.constexpr, SIGMA: tl.constexpr
+):
+    """Return D blocks ``[8, PIXELS]`` of samples around each pixel, the pixel, the neighbourhood's mean and deviation.
+
+    All values but the deviation are relative to one sample of the neighbourhood, so that a constant neighbourhood has
+    a deviation of exactly 0; the deviation is two-pass. Coordinates are clamped, so no load leaves the map.
+    """
+    D: tl.constexpr = len(DILATIONS)
+    t_y, t_x = tap_offsets()
+    c_y = tl.minimum(o_y, height - 1)
+    c_x = tl.minimum(o_x, width - 1)
+    # [PIXELS]
+    centre = tl.load(p_image + c_y * stride_h + c_x * stride_w).to(tl.float32)
+    origin = centre
+    if SIGMA == "neighbours":
+        c_y = tl.minimum(tl.maximum(o_y - DILATIONS[0], 0), height - 1)
+        c_x = tl.minimum(tl.maximum(o_x - DILATIONS[0], 0), width - 1)
+        # [PIXELS]
+        origin = tl.load(p_image + c_y * stride_h + c_x * stride_w).to(tl.float32)
+    samples = ()
+    mean = tl.zeros_like(origin)
+    for i in tl.static_range(D):
+        q_y = tl.minimum(tl.maximum(o_y[None, :] + t_y * DILATIONS[i], 0), height - 1)
+        q_x = tl.minimum(tl.maximum(o_x[None, :] + t_x * DILATIONS[i], 0), width - 1)
+        # [8, PIXELS]
+        sample = tl.load(p_image + q_y * stride_h + q_x * stride_w).to(tl.float32) - origin[None, :]
+        samples = samples + (sample,)
+        mean += tl.sum(sample, axis=0)
+
+    # how often the centre counts
+    CENTRES: tl.constexpr = D if SIGMA == "centred" else (1 if SIGMA == "centre_once" else 0)
+    mean = mean * (1.0 / (8 * D + CENTRES))
+    sigma = tl.full(origin.shape, 1.0, tl.float32)
+    if SIGMA != "none":
+        variance = mean * mean * CENTRES
+        for i in tl.static_range(D):
+            difference = samples[i] - mean[None, :]
+            variance += tl.sum(difference * difference, axis=0)
+        sigma = tl.sqrt_rn(variance * (1.0 / (8 * D + CENTRES - 1)))
+    return samples, centre - origin, mean, sigma
+
+
+@triton.jit(do_not_specialize=["height", "width", "tiles_w", "tiles", "stride_image_n", "stride_image_h"])
+def local_affinity_fwd_kernel(
+    image_ptr,  # [B, CHANNELS, H, W], any strides
+    partial_ptr,  # [B, P, H, W] fp32: scores of the channels of earlier launches
+    weights_ptr,  # [B, P, H, W]
+    height,
+    width,
+    tiles_w,
+    tiles,
+    stride_image_n,
+    stride_image_c,
+    stride_image_h,
+    stride_image_w,
+    alpha,
+    eps,
+    inverse_channels,
+    DILATIONS: tl.constexpr,
+    POSITION: tl.constexpr,  # P floats in tap order, or () without a position term
+    EXPONENT: tl.constexpr,
+    SIGMA: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    READ_PARTIAL: tl.constexpr,
+    WRITE_PARTIAL: tl.constexpr,
+    INT64: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    """``w_p = softmax_p(-mean_k (|I_k(q + o_p) - I_k(q)| / (alpha sigma_k + eps))^EXPONENT) + POSITION_p``."""
+    D: tl.constexpr = len(DILATIONS)
+    PIXELS: tl.constexpr = BLOCK_H * BLOCK_W
+    i_n = tl.program_id(0) // tiles
+    i_tile = tl.program_id(0) % tiles
+    if INT64:
+        i_n = i_n.to(tl.int64)
+        height = height.to(tl.int64)
+        width = width.to(tl.int64)
+    o_pixel = tl.arange(0, PIXELS)
+    o_y = (i_tile // tiles_w) * BLOCK_H + o_pixel // BLOCK_W
+    o_x = (i_tile % tiles_w) * BLOCK_W + o_pixel % BLOCK_W
+    m_pixel = ((o_y < height) & (o_x < width))[None, :]
+    plane = height * width
+    # [8, PIXELS]: offsets of the first dilation's weights
+    o_weights = (i_n * 8 * D + tl.arange(0, 8)[:, None]) * plane + (o_y * width + o_x)[None, :]
+
+    scores = ()
+    for i in tl.static_range(D):
+        if READ_PARTIAL:
+            # [8, PIXELS]
+            scores = scores + (tl.load(partial_ptr + o_weights + i * 8 * plane, mask=m_pixel, other=0.0),)
+        else:
+            scores = scores + (tl.zeros([8, PIXELS], dtype=tl.float32),)
+
+    for k in tl.static_range(CHANNELS):
+        p_image = image_ptr + i_n * stride_image_n + k * stride_image_c
+        samples, centre, _, sigma = neighbourhood(
+            p_image, o_y, o_x, height, width, stride_image_h, stride_image_w, DILATIONS, SIGMA
+        )
+        inverse = tl.div_rn(tl.full([PIXELS], 1.0, tl.float32), tl.fma(sigma, alpha, eps))
+        summed = ()
+        for i in tl.static_range(D):
+            term = abs_power(tl.abs(samples[i] - centre[None, :]) * inverse[None, :], EXPONENT)
+            summed = summed + (scores[i] - term * inverse_channels,)
+        scores = summed
+
+    if WRITE_PARTIAL:
+        for i in tl.static_range(D):
+            tl.store(partial_ptr + o_weights + i * 8 * plane, scores[i], mask=m_pixel)
+    else:
+        top = tl.max(scores[0], axis=0)
+        for i in tl.static_range(1, D):
+            top = tl.maximum(top, tl.max(scores[i], axis=0))
+        total = tl.zeros([PIXELS], dtype=tl.float32)
+        exponentials = ()
+        for i in tl.static_range(D):
+            exponentials = exponentials + (tl.exp(scores[i] - top[None, :]),)
+            total += tl.sum(exponentials[i], axis=0)
+        inverse = tl.div_rn(tl.full([PIXELS], 1.0, tl.float32), total)
+        t_y, t_x = tap_offsets()
+        for i in tl.static_range(D):
+            w = exponentials[i] * inverse[None, :]
+            if len(POSITION) > 0:
+                w += tl.where(t_y * t_x != 0, POSITION[8 * i], POSITION[8 * i + 1])
+            tl.store(weights_ptr + o_weights + i * 8 * plane, w.to(weights_ptr.dtype.element_ty), mask=m_pixel)
+
+
+def local_affinity(
+    image: Tensor,
+    dilations: Sequence[int],
+    *,
+    exponent: float,
+    alpha: float,
+    sigma: str,
+    eps: float,
+    position_weight: float,
+    fast: bool,
+) -> Tensor:
+    """Launch the affinity kernel; arguments as in ``dmsa_kernels.refine.functional.local_affinity``, validated.
+
+    Args:
+        image: ``[B, K, H, W]``, float32, float16 or bfloat16, any strides.
+        dilations: D dilations, each at least 1.
+        fast: store the weights in float16.
+
+    Returns:
+        ``[B, P, H, W]`` contiguous, float32 (float16 if ``fast``).
+    """
+    dilations = tuple(int(d) for d in dilations)
+    batch, channels, height, width = image.shape
+    neighbours = 8 * len(dilations)
+    weights = image.new_empty((batch, neighbours, height, width), dtype=torch.float16 if fast else torch.float32)
+    if weights.numel() == 0:
+        return weights
+    position = position_weights(dilations, alpha, eps, position_weight) if position_weight else ()
+    starts = range(0, channels, MAX_CHANNELS)
+    # float32 scores are summed in place when the weights can hold them
+    partial = weights if not fast or len(starts) == 1 else torch.empty_like(weights, dtype=torch.float32)
+    config = tuning.select("local_affinity_fwd", tuning_key(neighbours, height * width), neighbours=neighbours)
+    tiles_w = triton.cdiv(width, config.block_w)
+    tiles = tiles_w * triton.cdiv(height, config.block_h)
+    with device_guard(image):
+        for start in starts:
+            part = image[:, start : start + MAX_CHANNELS]
+            last = start == starts[-1]
+            local_affinity_fwd_kernel[(batch * tiles,)](
+                image_ptr=part,
+                partial_ptr=partial,
+                weights_ptr=weights,
+                height=height,
+                width=width,
+                tiles_w=tiles_w,
+                tiles=tiles,
+                stride_image_n=part.stride(0),
+                stride_image_c=part.stride(1),
+                stride_image_h=part.stride(2),
+                stride_image_w=part.stride(3),
+                alpha=float(alpha),
+                eps=float(eps),
+                inverse_channels=1.0 / channels,
+                DILATIONS=dilations,
+                POSITION=position,
+                EXPONENT=float(exponent),
+                SIGMA=sigma,
+                CHANNELS=part.shape[1],
+                READ_PARTIAL=start > 0,
+                WRITE_PARTIAL=not last,
+                INT64=needs_int64(part, weights),
+                BLOCK_H=config.block_h,
+                BLOCK_W=config.block_w,
+                num_warps=config.num_warps,
+                **LAUNCH,
+            )
+    return weights
+
+
+def tuning_key(neighbours: int, pixels: int) -> tuple[int, int]:
+    """Return the bucketed shape under which a measured configuration is kept."""
+    return neighbours, tuning.bucket(pixels)

@@ -1,0 +1,522 @@
+"""The propagation kernels: masks and weights in, masks after T weighted averages out.
+
+Between iterations the masks live in packed planes ``[n, groups, H, W, BLOCK_C]``: ``BLOCK_C`` channels side by side, so
+that a tap of a pixel is one aligned load of up to 16 bytes and its address is computed once for all of them. A thread
+owns a pixel, keeps the pixel's P weights in registers and walks over the channel groups.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dmsa_kernels import tuning
+from dmsa_kernels.refine.triton.common import LAUNCH, TAP_X, TAP_Y, device_guard, needs_int64
+
+# Weights a thread can hold in registers; longer dilation lists read them again for every channel group.
+MAX_HELD_NEIGHBOURS = 64
+# Pixels of a program that only copies or compares.
+BLOCK_PIXELS = 256
+
+
+@triton.jit(
+    do_not_specialize=["channels", "groups", "height", "width", "blocks", "stride_masks_n", "stride_masks_h"]
+)
+def propagate_pack_kernel(
+    masks_ptr,  # [n, C, H, W], any strides
+    planes_ptr,  # [n, groups, H, W, BLOCK_C]
+    valid_ptr,  # [n, C] uint8, 0 or 1
+    channels,
+    groups,
+    height,
+    width,
+    blocks,
+    stride_masks_n,
+    stride_masks_c,
+    stride_masks_h,
+    stride_masks_w,
+    stride_valid_n,
+    stride_valid_c,
+    HAS_VALID: tl.constexpr,
+    INT64: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Copy masks into packed planes; padding and channels that are not valid become 0 and are not read."""
+    i_block = tl.program_id(0) % blocks
+    i_group = (tl.program_id(0) // blocks) % groups
+    i_n = tl.program_id(0) // (blocks * groups)
+    if INT64:
+        i_n = i_n.to(tl.int64)
+        i_block = i_block.to(tl.int64)
+        height = height.to(tl.int64)
+        width = width.to(tl.int64)
+    o_pixel = i_block * BLOCK + tl.arange(0, BLOCK)
+    o_c = i_group * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_pixel = o_pixel < height * width
+    m_c = o_c < channels
+    if HAS_VALID:
+        # [BLOCK_C]
+        m_c = m_c & (tl.load(valid_ptr + i_n * stride_valid_n + o_c * stride_valid_c, mask=m_c, other=0) != 0)
+    o_masks = (o_pixel // width) * stride_masks_h + (o_pixel % width) * stride_masks_w
+    p_masks = masks_ptr + i_n * stride_masks_n + o_masks[:, None] + o_c.to(i_n.dtype)[None, :] * stride_masks_c
+    # [BLOCK, BLOCK_C]
+    b_masks = tl.load(p_masks, mask=m_pixel[:, None] & m_c[None, :], other=0.0)
+    o_planes = ((i_n * groups + i_group) * height * width + o_pixel) * BLOCK_C
+    p_planes = planes_ptr + o_planes[:, None] + tl.arange(0, BLOCK_C)[None, :]
+    tl.store(p_planes, b_masks.to(planes_ptr.dtype.element_ty), mask=m_pixel[:, None])
+
+
+@triton.jit(
+    do_not_specialize=[
+        "channels",
+        "groups",
+        "groups_each",
+        "splits",
+        "height",
+        "width",
+        "tiles_w",
+        "tiles",
+        "stride_weights_n",
+        "stride_out_n",
+        "stride_out_h",
+    ]
+)
+def propagate_fwd_kernel(
+    planes_ptr,  # [n, groups, H, W, BLOCK_C]
+    weights_ptr,  # [n, P, H, W]
+    out_ptr,  # packed like planes_ptr, or [n, C, H, W] with any strides
+    valid_ptr,  # [n, C] uint8, 0 or 1
+    rows_ptr,  # [n, groups, 2, W, BLOCK_C] fp32, ADJOINT only: what clamping adds to the top and bottom rows
+    columns_ptr,  # [n, groups, 2, H, BLOCK_C] fp32, ADJOINT only: the same for the left and right columns
+    channels,
+    groups,
+    groups_each,
+    splits,
+    height,
+    width,
+    tiles_w,
+    tiles,
+    stride_weights_n,
+    stride_out_n,
+    stride_out_c,
+    stride_out_h,
+    stride_out_w,
+    stride_valid_n,
+    stride_valid_c,
+    DILATIONS: tl.constexpr,
+    OUT_PACKED: tl.constexpr,
+    HAS_VALID: tl.constexpr,
+    HOLD_WEIGHTS: tl.constexpr,
+    ADJOINT: tl.constexpr,
+    INT64: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    """One iteration ``out(q) = sum_p w_p(q) planes(clamp(q + o_p))``, or its transpose.
+
+    The transpose gathers, too: ``out(s) = sum_p w_p(s - o_p) planes(s - o_p)`` over the taps inside the map, plus the
+    border sums that ``propagate_bwd_border_kernel`` prepared. Programs are (image, share of the groups, tile).
+    """
+    P: tl.constexpr = 8 * len(DILATIONS)
+    PIXELS: tl.constexpr = BLOCK_H * BLOCK_W
+    SIGN: tl.constexpr = -1 if ADJOINT else 1
+    i_tile = tl.program_id(0) % tiles
+    i_split = (tl.program_id(0) // tiles) % splits
+    i_n = tl.program_id(0) // (tiles * splits)
+    if INT64:
+        i_n = i_n.to(tl.int64)
+        height = height.to(tl.int64)
+        width = width.to(tl.int64)
+    o_pixel = tl.arange(0, PIXELS)
+    o_y = (i_tile // tiles_w) * BLOCK_H + o_pixel // BLOCK_W
+    o_x = (i_tile % tiles_w) * BLOCK_W + o_pixel % BLOCK_W
+    m_pixel = (o_y < height) & (o_x < width)
+    o_lane = tl.arange(0, BLOCK_C)
+    plane = height * width
+    p_weights = weights_ptr + i_n * stride_weights_n
+
+    held = ()
+    if HOLD_WEIGHTS:
+        for p in tl.static_range(P):
+            # [PIXELS]
+            held = held + (
+                load_weight(
+                    p_weights + p * plane,
+                    o_y,
+                    o_x,
+                    TAP_Y[p % 8] * DILATIONS[p // 8],
+                    TAP_X[p % 8] * DILATIONS[p // 8],
+                    m_pixel,
+                    height,
+                    width,
+                    ADJOINT,
+                ),
+            )
+
+    # a while loop: the interpreter of Triton 3.6 cannot take an argument as a range's bound under NumPy 2.4
+    i_group = i_split * groups_each
+    while i_group < tl.minimum((i_split + 1) * groups_each, groups):
+        o_c = i_group * BLOCK_C + o_lane
+        m_c = o_c < channels
+        if HAS_VALID:
+            # [BLOCK_C]
+            m_c = m_c & (tl.load(valid_ptr + i_n * stride_valid_n + o_c * stride_valid_c, mask=m_c, other=0) != 0)
+        o_plane = (i_n * groups + i_group) * plane
+        acc = tl.zeros([PIXELS, BLOCK_C], dtype=tl.float32)
+        some = tl.max(m_c.to(tl.int32), axis=0) if HAS_VALID else 1
+        if some > 0:
+            for p in tl.static_range(P):
+                q_y = tl.minimum(tl.maximum(o_y + SIGN * TAP_Y[p % 8] * DILATIONS[p // 8], 0), height - 1)
+                q_x = tl.minimum(tl.maximum(o_x + SIGN * TAP_X[p % 8] * DILATIONS[p // 8], 0), width - 1)
+                # [PIXELS, BLOCK_C]; clamped, so inside the plane even for pixels outside the map: no mask needed
+                o_tap = (o_plane + q_y * width + q_x) * BLOCK_C
+                tap = tl.load(planes_ptr + o_tap[:, None] + o_lane[None, :]).to(tl.float32)
+                if HOLD_WEIGHTS:
+                    w = held[p]
+                else:
+                    w = load_weight(
+                        p_weights + p * plane,
+                        o_y,
+                        o_x,
+                        TAP_Y[p % 8] * DILATIONS[p // 8],
+                        TAP_X[p % 8] * DILATIONS[p // 8],
+                        m_pixel,
+                        height,
+                        width,
+                        ADJOINT,
+                    )
+                acc = tl.fma(tl.broadcast_to(w[:, None], [PIXELS, BLOCK_C]), tap, acc)
+            if ADJOINT:
+                o_border = (i_n * groups + i_group) * 2
+                for side in tl.static_range(2):
+                    m_row = m_pixel & (o_y == side * (height - 1))
+                    p_row = rows_ptr + (((o_border + side) * width + o_x) * BLOCK_C)[:, None] + o_lane[None, :]
+                    acc += tl.load(p_row, mask=m_row[:, None], other=0.0)
+                    m_column = m_pixel & (o_x == side * (width - 1))
+                    p_column = columns_ptr + (((o_border + side) * height + o_y) * BLOCK_C)[:, None] + o_lane[None, :]
+                    acc += tl.load(p_column, mask=m_column[:, None], other=0.0)
+        if HAS_VALID:
+            # a weight that is NaN must not turn the zeros of a channel that is not valid into NaN
+            acc = tl.where(m_c[None, :], acc, 0.0)
+        if OUT_PACKED:
+            # planes of groups without a valid channel are never read, so they are not written either
+            o_out = (o_plane + o_y * width + o_x) * BLOCK_C
+            m_out = ((o_y < height * some) & (o_x < width))[:, None]
+            p_out = out_ptr + o_out[:, None] + o_lane[None, :]
+        else:
+            m_out = m_pixel[:, None] & (o_c < channels)[None, :]
+            o_out = i_n * stride_out_n + o_y * stride_out_h + o_x * stride_out_w
+            p_out = out_ptr + o_out[:, None] + o_c.to(i_n.dtype)[None, :] * stride_out_c
+        tl.store(p_out, acc.to(out_ptr.dtype.element_ty), mask=m_out)
+        i_group += 1
+
+
+@triton.jit
+def load_weight(p_weights, o_y, o_x, dy, dx, m_pixel, height, width, ADJOINT: tl.constexpr):
+    """Load one tap's weights of a tile: at the pixel, or for the transpose at the pixel the tap comes from."""
+    if ADJOINT:
+        o_y = o_y - dy
+        o_x = o_x - dx
+        m_pixel = m_pixel & (o_y >= 0) & (o_y < height) & (o_x >= 0) & (o_x < width)
+    return tl.load(p_weights + o_y * width + o_x, mask=m_pixel, other=0.0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["channels", "groups", "plane", "blocks", "first_channel"])
+def propagate_labels_kernel(
+    planes_ptr,  # [n, groups, H, W, BLOCK_C]: channels first_channel .. first_channel + channels
+    valid_ptr,  # [n, channels] uint8, 0 or 1
+    labels_ptr,  # [n, H, W] int64
+    values_ptr,  # [n, H, W], the masks' dtype
+    channels,
+    groups,
+    plane,
+    blocks,
+    first_channel,
+    stride_valid_n,
+    stride_valid_c,
+    HAS_VALID: tl.constexpr,
+    INT64: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Running maximum over the channels of a chunk: the first of equal values wins, a NaN wins over all numbers.
+
+    Values are rounded to the masks' dtype before they are compared, so that the labels are those of the rounded masks.
+    """
+    i_n = tl.program_id(0) // blocks
+    i_block = tl.program_id(0) % blocks
+    if INT64:
+        i_n = i_n.to(tl.int64)
+        i_block = i_block.to(tl.int64)
+        plane = plane.to(tl.int64)
+    o_pixel = i_block * BLOCK + tl.arange(0, BLOCK)
+    m_pixel = o_pixel < plane
+    p_values = values_ptr + i_n * plane + o_pixel
+    p_labels = labels_ptr + i_n * plane + o_pixel
+    best = tl.full([BLOCK], float("-inf"), tl.float32)
+    label = tl.zeros([BLOCK], dtype=tl.int64)
+    if first_channel > 0:
+        # [BLOCK]
+        best = tl.load(p_values, mask=m_pixel, other=0.0).to(tl.float32)
+        label = tl.load(p_labels, mask=m_pixel, other=0)
+    i_c = 0
+    while i_c < channels:
+        m_value = m_pixel
+        if HAS_VALID:
+            flag = tl.load(valid_ptr + i_n * stride_valid_n + i_c * stride_valid_c).to(tl.int32)
+            m_value = o_pixel < plane * flag
+        o_value = ((i_n * groups + i_c // BLOCK_C) * plane + o_pixel) * BLOCK_C + i_c % BLOCK_C
+        # [BLOCK]
+        value = tl.load(planes_ptr + o_value, mask=m_value, other=0.0)
+        value = value.to(values_ptr.dtype.element_ty).to(tl.float32)
+        better = (value > best) | ((value != value) & (best == best))
+        best = tl.where(better, value, best)
+        label = tl.where(better, first_channel + i_c, label)
+        i_c += 1
+    tl.store(p_values, best.to(values_ptr.dtype.element_ty), mask=m_pixel)
+    tl.store(p_labels, label, mask=m_pixel)
+
+
+@functools.cache
+def l2_bytes(device: torch.device) -> int:
+    """Return the size of the device's L2 cache in bytes."""
+    return torch.cuda.get_device_properties(device).L2_cache_size
+
+
+def chunks(weights: Tensor, channels: int, width: int, itemsize: int) -> tuple[int, int]:
+    """Return how many images and channels are worked through all iterations together; see ``tuning.plan_chunks``."""
+    batch, neighbours, height, columns = weights.shape
+    pixels = height * columns
+    plan = functools.partial(
+        tuning.plan_chunks,
+        batch,
+        triton.cdiv(channels, width),
+        pixels * width * itemsize,
+        pixels * neighbours * weights.element_size(),
+        pixels * neighbours * width,
+    )
+    images, groups = plan(l2_bytes(weights.device)) if weights.device.type == "cuda" else plan()
+    return images, min(groups * width, channels)
+
+
+def tuning_key(neighbours: int, pixels: int, channels: int, width: int) -> tuple[int, int, int, int]:
+    """Return the bucketed shape under which a measured configuration is kept; the batch size is not part of it."""
+    return neighbours, tuning.bucket(pixels), tuning.bucket(channels), width
+
+
+def pack(masks: Tensor, valid: Tensor | None, width: int, dtype: torch.dtype) -> Tensor:
+    """Return masks ``[n, C, H, W]`` of any strides as planes ``[n, groups, H, W, width]``, zero where not valid."""
+    count, channels, rows, columns = masks.shape
+    groups = triton.cdiv(channels, width)
+    if width == 1 and valid is None and masks.dtype == dtype and masks.is_contiguous():
+        return masks.unsqueeze(-1)
+    planes = torch.empty((count, groups, rows, columns, width), dtype=dtype, device=masks.device)
+    blocks = triton.cdiv(rows * columns, BLOCK_PIXELS)
+    propagate_pack_kernel[(count * groups * blocks,)](
+        masks_ptr=masks,
+        planes_ptr=planes,
+        valid_ptr=masks if valid is None else valid,
+        channels=channels,
+        groups=groups,
+        height=rows,
+        width=columns,
+        blocks=blocks,
+        stride_masks_n=masks.stride(0),
+        stride_masks_c=masks.stride(1),
+        stride_masks_h=masks.stride(2),
+        stride_masks_w=masks.stride(3),
+        stride_valid_n=0 if valid is None else valid.stride(0),
+        stride_valid_c=0 if valid is None else valid.stride(1),
+        HAS_VALID=valid is not None,
+        INT64=needs_int64(masks, planes),
+        BLOCK_C=width,
+        BLOCK=BLOCK_PIXELS,
+        num_warps=4,
+        **LAUNCH,
+    )
+    return planes
+
+
+def step(
+    planes: Tensor,
+    weights: Tensor,
+    out: Tensor,
+    dilations: tuple[int, ...],
+    channels: int,
+    valid: Tensor | None,
+    borders: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """Launch one iteration from packed ``planes`` into ``out``: packed if it has five dimensions, else ``[n, C, H, W]``.
+
+    Args:
+        borders: the border sums of the transpose (rows, columns); None for the iteration itself.
+    """
+    count, groups, rows, columns, width = planes.shape
+    neighbours = weights.shape[1]
+    config = tuning.select(
+        "propagate_fwd", tuning_key(neighbours, rows * columns, channels, width), neighbours=neighbours
+    )
+    tiles_w = triton.cdiv(columns, config.block_w)
+    tiles = tiles_w * triton.cdiv(rows, config.block_h)
+    # weights are read once a program, so split the channels over programs only as far as the device needs work
+    splits = min(groups, triton.cdiv(tuning.MIN_PROGRAMS, count * tiles))
+    groups_each = triton.cdiv(groups, splits)
+    splits = triton.cdiv(groups, groups_each)
+    out_strides = (0, 0, 0, 0) if out.dim() == 5 else out.stride()
+    propagate_fwd_kernel[(count * splits * tiles,)](
+        planes_ptr=planes,
+        weights_ptr=weights,
+        out_ptr=out,
+        valid_ptr=weights if valid is None else valid,
+        rows_ptr=weights if borders is None else borders[0],
+        columns_ptr=weights if borders is None else borders[1],
+        channels=channels,
+        groups=groups,
+        groups_each=groups_each,
+        splits=splits,
+        height=rows,
+        width=columns,
+        tiles_w=tiles_w,
+        tiles=tiles,
+        stride_weights_n=weights.stride(0),
+        stride_out_n=out_strides[0],
+        stride_out_c=out_strides[1],
+        stride_out_h=out_strides[2],
+        stride_out_w=out_strides[3],
+        stride_valid_n=0 if valid is None else valid.stride(0),
+        stride_valid_c=0 if valid is None else valid.stride(1),
+        DILATIONS=dilations,
+        OUT_PACKED=out.dim() == 5,
+        HAS_VALID=valid is not None,
+        HOLD_WEIGHTS=groups_each > 1 and neighbours <= MAX_HELD_NEIGHBOURS,
+        ADJOINT=borders is not None,
+        INT64=needs_int64(planes, weights, out),
+        BLOCK_C=width,
+        BLOCK_H=config.block_h,
+        BLOCK_W=config.block_w,
+        num_warps=config.num_warps,
+        **LAUNCH,
+    )
+
+
+def flags(valid: Tensor | None) -> Tensor | None:
+    """Return boolean flags as bytes, which the kernels load."""
+    return None if valid is None else valid.view(torch.uint8)
+
+
+def plane_dtype(weights: Tensor) -> torch.dtype:
+    """Return the planes' dtype: float32, or float16 when the weights are in half precision (``precision="fast"``)."""
+    return torch.float32 if weights.dtype == torch.float32 else torch.float16
+
+
+def without_invalid(masks: Tensor, valid: Tensor | None) -> Tensor:
+    """Return a copy of ``masks`` with the planes that are not valid set to zero: what zero iterations give."""
+    out = torch.empty_like(masks)
+    out.copy_(masks)
+    return out if valid is None else out.masked_fill_(~valid[:, :, None, None], 0)
+
+
+def propagate(
+    weights: Tensor, masks: Tensor, dilations: Sequence[int], num_iter: int, valid_classes: Tensor | None
+) -> Tensor:
+    """Launch T propagation iterations; arguments as in ``dmsa_kernels.refine.functional.propagate``, validated.
+
+    Args:
+        weights: ``[B, P, H, W]`` float32, or float16 for 16-bit planes.
+        masks: ``[B, C, H, W]``, float32, float16 or bfloat16, any strides.
+        dilations: the dilations the weights were made with.
+        num_iter: T, at least 0.
+        valid_classes: ``[B, C]`` bool; the other planes are neither read nor averaged and come back zero.
+
+    Returns:
+        ``[B, C, H, W]`` in the masks' dtype and memory format.
+    """
+    if num_iter == 0 or masks.numel() == 0:
+        return without_invalid(masks, valid_classes)
+    dilations = tuple(int(d) for d in dilations)
+    weights = weights.contiguous()
+    valid_classes = flags(valid_classes)
+    out = torch.empty_like(masks)
+    dtype = plane_dtype(weights)
+    batch, channels, _, _ = masks.shape
+    width = tuning.plane_width(channels, dtype.itemsize)
+    images, chunk = chunks(weights, channels, width, dtype.itemsize)
+    with device_guard(masks):
+        for n in range(0, batch, images):
+            for c in range(0, channels, chunk):
+                here = (slice(n, n + images), slice(c, c + chunk))
+                part = masks[here]
+                valid = None if valid_classes is None else valid_classes[here]
+                planes = pack(part, valid, width, dtype)
+                spare = None
+                for _ in range(num_iter - 1):
+                    written = torch.empty_like(planes) if spare is None else spare
+                    step(planes, weights[here[0]], written, dilations, part.shape[1], valid)
+                    # the caller's masks may be the first planes themselves: never write into them
+                    spare = planes if planes.data_ptr() != part.data_ptr() else None
+                    planes = written
+                step(planes, weights[here[0]], out[here], dilations, part.shape[1], valid)
+    return out
+
+
+def propagate_labels(
+    weights: Tensor, masks: Tensor, dilations: Sequence[int], num_iter: int, valid_classes: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Launch T iterations chunk by chunk and keep only the largest channel of every pixel; arguments as `propagate`.
+
+    Returns:
+        ``labels [B, H, W]`` int64, the lowest channel among equals, and ``values [B, H, W]`` in the masks' dtype.
+    """
+    dilations = tuple(int(d) for d in dilations)
+    weights = weights.contiguous()
+    valid_classes = flags(valid_classes)
+    batch, channels, rows, columns = masks.shape
+    labels = torch.empty((batch, rows, columns), dtype=torch.int64, device=masks.device)
+    values = torch.empty((batch, rows, columns), dtype=masks.dtype, device=masks.device)
+    if labels.numel() == 0:
+        return labels, values
+    # zero iterations compare the masks as they are, in a dtype that holds them exactly
+    dtype = plane_dtype(weights) if num_iter else torch.float32
+    width = tuning.plane_width(channels, dtype.itemsize)
+    images, chunk = chunks(weights, channels, width, dtype.itemsize)
+    blocks = triton.cdiv(rows * columns, BLOCK_PIXELS)
+    with device_guard(masks):
+        for n in range(0, batch, images):
+            for c in range(0, channels, chunk):
+                here = (slice(n, n + images), slice(c, c + chunk))
+                part = masks[here]
+                valid = None if valid_classes is None else valid_classes[here]
+                planes = pack(part, valid, width, dtype)
+                spare = None
+                for _ in range(num_iter):
+                    written = torch.empty_like(planes) if spare is None else spare
+                    step(planes, weights[here[0]], written, dilations, part.shape[1], valid)
+                    spare = planes if planes.data_ptr() != part.data_ptr() else None
+                    planes = written
+                propagate_labels_kernel[(part.shape[0] * blocks,)](
+                    planes_ptr=planes,
+                    valid_ptr=part if valid is None else valid,
+                    labels_ptr=labels[here[0]],
+                    values_ptr=values[here[0]],
+                    channels=part.shape[1],
+                    groups=planes.shape[1],
+                    plane=rows * columns,
+                    blocks=blocks,
+                    first_channel=c,
+                    stride_valid_n=0 if valid is None else valid.stride(0),
+                    stride_valid_c=0 if valid is None else valid.stride(1),
+                    HAS_VALID=valid is not None,
+                    INT64=needs_int64(planes, labels),
+                    BLOCK_C=width,
+                    BLOCK=BLOCK_PIXELS,
+                    num_warps=4,
+                    **LAUNCH,
+                )
+    return labels, values
