@@ -13,7 +13,18 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 
-__all__ = ["Config", "bucket", "configs", "plan_chunks", "plane_width", "prune", "remember", "select", "tune"]
+__all__ = [
+    "Config",
+    "OfflineCase",
+    "bucket",
+    "configs",
+    "plan_chunks",
+    "plane_width",
+    "prune",
+    "remember",
+    "select",
+    "tune",
+]
 
 MAX_CONFIGS = 8
 # Programs a propagation launch should have at least: three for each of the 132 multiprocessors of an H100 or H200.
@@ -38,10 +49,6 @@ class Config:
     def pixels(self) -> int:
         return self.block_h * self.block_w
 
-    @property
-    def pixels_per_thread(self) -> float:
-        return self.pixels / (32 * self.num_warps)
-
 
 # The first entry of each list is the default. One pixel a thread is the rule: a thread holds all P weights of its
 # pixels in registers. Larger tiles reread fewer halo pixels from L2.
@@ -54,7 +61,6 @@ _CONFIGS: dict[str, tuple[Config, ...]] = {
         Config(4, 64, 8),
         Config(8, 64, 16),
         Config(16, 32, 8),
-        Config(32, 32, 16),
     ),
     "local_affinity_fwd": (
         Config(4, 32, 4),
@@ -64,46 +70,47 @@ _CONFIGS: dict[str, tuple[Config, ...]] = {
     ),
 }
 
-# Registers a propagation thread needs beside its weights: addresses, accumulators, loads in flight. Read off the
-# offline compiler's reports (benchmarks/NOTES.md).
-_REGISTERS_BESIDE_WEIGHTS = 72
+# Registers a thread needs beside its weights (addresses, accumulators, loads in flight) for planes of up to four
+# channels and of eight, read off the offline compiler's reports (benchmarks/NOTES.md).
+_REGISTERS_BESIDE_WEIGHTS = {1: 76, 2: 76, 4: 76, 8: 104}
 _REGISTERS_OF_A_MULTIPROCESSOR = 65536
 _REGISTERS_OF_A_THREAD = 255
 
 
-def prune(kernel: str, candidates: Iterable[Config], *, neighbours: int) -> list[Config]:
+def prune(candidates: Iterable[Config], *, neighbours: int, width: int = 4) -> list[Config]:
     """Drop the configurations whose weights cannot stay in registers; the default always stays.
 
     Args:
-        kernel: the kernel's name, a key of the configuration table.
         candidates: configurations, the default first.
         neighbours: P, the weights a pixel has.
+        width: channels a thread works on at a time.
     """
     default, *others = candidates
     kept = [default]
     for config in others:
-        per_thread = config.pixels_per_thread * (
-            2 * neighbours if kernel == "local_affinity_fwd" else neighbours
-        ) + _REGISTERS_BESIDE_WEIGHTS * max(1.0, config.pixels_per_thread)
+        pixels = config.pixels / (32 * config.num_warps)
         available = min(_REGISTERS_OF_A_THREAD, _REGISTERS_OF_A_MULTIPROCESSOR // (32 * config.num_warps))
-        if per_thread <= available:
+        if pixels <= 1 and config.num_warps <= default.num_warps:
+            kept.append(config)  # needs what the default needs
+        elif pixels * (neighbours + _REGISTERS_BESIDE_WEIGHTS[width]) <= available:
             kept.append(config)
     return kept
 
 
-def configs(kernel: str, *, neighbours: int) -> list[Config]:
+def configs(kernel: str, *, neighbours: int, width: int = 4) -> list[Config]:
     """Return the configurations worth trying for ``kernel``, the documented default first.
 
     Args:
         kernel: ``"propagate_fwd"`` or ``"local_affinity_fwd"``.
         neighbours: P, the number of neighbours (8 per dilation).
+        width: channels a thread works on at a time.
 
     Raises:
         ValueError: no kernel of that name has configurations.
     """
     if kernel not in _CONFIGS:
         raise ValueError(f"{kernel=} has no configurations; kernels that have are {', '.join(sorted(_CONFIGS))}")
-    return prune(kernel, _CONFIGS[kernel], neighbours=neighbours)
+    return prune(_CONFIGS[kernel], neighbours=neighbours, width=width)
 
 
 def bucket(value: int) -> int:
@@ -114,9 +121,9 @@ def bucket(value: int) -> int:
 _CHOSEN: dict[Hashable, Config] = {}
 
 
-def select(kernel: str, key: Hashable, *, neighbours: int) -> Config:
+def select(kernel: str, key: Hashable) -> Config:
     """Return the configuration measured for ``(kernel, key)``, or the default when nothing was measured."""
-    return _CHOSEN.get((kernel, key)) or configs(kernel, neighbours=neighbours)[0]
+    return _CHOSEN.get((kernel, key), _CONFIGS[kernel][0])
 
 
 def remember(kernel: str, key: Hashable, config: Config) -> None:
@@ -124,7 +131,7 @@ def remember(kernel: str, key: Hashable, config: Config) -> None:
     _CHOSEN[kernel, key] = config
 
 
-def tune(kernel: str, key: Hashable, measure: Callable[[Config], float], *, neighbours: int) -> Config:
+def tune(kernel: str, key: Hashable, measure: Callable[[Config], float], *, neighbours: int, width: int = 4) -> Config:
     """Time every candidate once with ``measure`` (seconds, or any cost) and remember the cheapest.
 
     Args:
@@ -132,10 +139,11 @@ def tune(kernel: str, key: Hashable, measure: Callable[[Config], float], *, neig
         key: the bucketed shape the result is kept under.
         measure: runs the operator under one configuration and returns its cost.
         neighbours: P.
+        width: channels a thread works on at a time.
     """
     if (kernel, key) in _CHOSEN:
         return _CHOSEN[kernel, key]
-    best = min(configs(kernel, neighbours=neighbours), key=measure)
+    best = min(configs(kernel, neighbours=neighbours, width=width), key=measure)
     remember(kernel, key, best)
     return best
 
@@ -198,3 +206,27 @@ def plan_chunks(
     planes = max(budget, batch * groups * group_bytes) // (2 * group_bytes)  # one extra copy of large masks, no more
     images = max(1, min(images, planes // chunk_groups))
     return images, max(1, min(chunk_groups, planes // images))
+
+
+@dataclass(frozen=True)
+class OfflineCase:
+    """A launch described without a device, so that it can be compiled for any of them.
+
+    Each Triton module lists its kernels' launches in ``offline_cases()``.
+
+    Attributes:
+        name: what the report calls it, unique within the module.
+        kernel: the jitted function.
+        types: argument name to Triton type, ``"*fp32"``, ``"*u8"``, ``"fp32"``, ...; arguments in neither mapping are
+            ``"i32"``.
+        constants: compile-time values, and arguments specialised to 1 such as a unit stride.
+        num_warps: warps of a program.
+        every_target: compile for all GPUs; False for one more configuration of a case that is compiled for all.
+    """
+
+    name: str
+    kernel: object
+    types: dict[str, str]
+    constants: dict[str, object]
+    num_warps: int = 4
+    every_target: bool = True

@@ -1,3 +1,4 @@
+# ruff: noqa: RUF005 (Triton concatenates tuples, it does not unpack them)
 """The affinity kernel: a guide image in, P weights a pixel out.
 
 One thread owns one pixel and keeps the P samples of one image channel and the P scores in registers, so every sample is
@@ -6,7 +7,7 @@ loaded once a channel: ``K * P`` loads a pixel instead of ``3 * K * P`` for a me
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import triton
@@ -14,22 +15,11 @@ import triton.language as tl
 from torch import Tensor
 
 from dmsa_kernels import tuning
-from dmsa_kernels.refine.triton.common import LAUNCH, device_guard, needs_int64, position_weights
+from dmsa_kernels.refine.spec import position_vector
+from dmsa_kernels.refine.triton.common import LAUNCH, OFFLINE_DILATIONS, device_guard, needs_int64
 
 # Image channels one launch takes; more are summed over several launches.
 MAX_CHANNELS = 4
-
-
-@triton.jit
-def abs_power(x, EXPONENT: tl.constexpr):
-    """``x ** EXPONENT`` for ``x >= 0``."""
-    if EXPONENT == 2:
-        return x * x
-    elif EXPONENT == 1:
-        return x
-    else:
-        # log2(0) = -inf and exp2(-inf) = 0, as it should be
-        return tl.exp2(tl.log2(x) * EXPONENT)
 
 
 @triton.jit
@@ -41,9 +31,7 @@ def tap_offsets():
 
 
 @triton.jit
-def neighbourhood(
-    p_image, o_y, o_x, height, width, stride_h, stride_w, DILATIONS: tl.constexpr, SIGMA: tl.constexpr
-):
+def neighbourhood(p_image, o_y, o_x, height, width, stride_h, stride_w, DILATIONS: tl.constexpr, SIGMA: tl.constexpr):
     """Return D blocks ``[8, PIXELS]`` of samples around each pixel, the pixel, the neighbourhood's mean and deviation.
 
     All values but the deviation are relative to one sample of the neighbourhood, so that a constant neighbourhood has
@@ -102,7 +90,7 @@ def local_affinity_fwd_kernel(
     inverse_channels,
     DILATIONS: tl.constexpr,
     POSITION: tl.constexpr,  # P floats in tap order, or () without a position term
-    EXPONENT: tl.constexpr,
+    EXPONENT: tl.constexpr,  # 1 or 2
     SIGMA: tl.constexpr,
     CHANNELS: tl.constexpr,
     READ_PARTIAL: tl.constexpr,
@@ -144,7 +132,9 @@ def local_affinity_fwd_kernel(
         inverse = tl.div_rn(tl.full([PIXELS], 1.0, tl.float32), tl.fma(sigma, alpha, eps))
         summed = ()
         for i in tl.static_range(D):
-            term = abs_power(tl.abs(samples[i] - centre[None, :]) * inverse[None, :], EXPONENT)
+            term = tl.abs(samples[i] - centre[None, :]) * inverse[None, :]
+            if EXPONENT == 2:
+                term = term * term
             summed = summed + (scores[i] - term * inverse_channels,)
         scores = summed
 
@@ -196,11 +186,11 @@ def local_affinity(
     weights = image.new_empty((batch, neighbours, height, width), dtype=torch.float16 if fast else torch.float32)
     if weights.numel() == 0:
         return weights
-    position = position_weights(dilations, alpha, eps, position_weight) if position_weight else ()
+    position = tuple(position_vector(dilations, alpha, eps, position_weight)) if position_weight else ()
     starts = range(0, channels, MAX_CHANNELS)
     # float32 scores are summed in place when the weights can hold them
     partial = weights if not fast or len(starts) == 1 else torch.empty_like(weights, dtype=torch.float32)
-    config = tuning.select("local_affinity_fwd", tuning_key(neighbours, height * width), neighbours=neighbours)
+    config = tuning.select("local_affinity_fwd", tuning_key(neighbours, height * width))
     tiles_w = triton.cdiv(width, config.block_w)
     tiles = tiles_w * triton.cdiv(height, config.block_h)
     with device_guard(image):
@@ -224,7 +214,7 @@ def local_affinity(
                 inverse_channels=1.0 / channels,
                 DILATIONS=dilations,
                 POSITION=position,
-                EXPONENT=float(exponent),
+                EXPONENT=int(exponent),
                 SIGMA=sigma,
                 CHANNELS=part.shape[1],
                 READ_PARTIAL=start > 0,
@@ -241,3 +231,44 @@ def local_affinity(
 def tuning_key(neighbours: int, pixels: int) -> tuple[int, int]:
     """Return the bucketed shape under which a measured configuration is kept."""
     return neighbours, tuning.bucket(pixels)
+
+
+def offline_cases() -> Iterator[tuning.OfflineCase]:
+    """List the launches for compilation without a device."""
+
+    def case(dilations: tuple[int, ...], config: tuning.Config, image: str, weights: str) -> tuning.OfflineCase:
+        return tuning.OfflineCase(
+            f"local_affinity_fwd {image[1:]}->{weights[1:]} {dilations} {config}",
+            local_affinity_fwd_kernel,
+            {
+                "image_ptr": image,
+                "partial_ptr": "*fp32",
+                "weights_ptr": weights,
+                "alpha": "fp32",
+                "eps": "fp32",
+                "inverse_channels": "fp32",
+            },
+            {
+                "stride_image_w": 1,
+                "DILATIONS": dilations,
+                "POSITION": tuple(position_vector(dilations, 0.3, 3e-9, 0.01)),
+                "EXPONENT": 2,
+                "SIGMA": "neighbours",
+                "CHANNELS": 3,
+                "READ_PARTIAL": False,
+                "WRITE_PARTIAL": False,
+                "INT64": False,
+                "BLOCK_H": config.block_h,
+                "BLOCK_W": config.block_w,
+            },
+            num_warps=config.num_warps,
+            every_target=config == default and image == "*fp32",
+        )
+
+    for dilations in OFFLINE_DILATIONS:
+        default, *others = tuning.configs("local_affinity_fwd", neighbours=8 * len(dilations))
+        for image, weights in (("*fp32", "*fp32"), ("*fp16", "*fp32"), ("*bf16", "*fp32")):
+            yield case(dilations, default, image, weights)
+    yield case(dilations, default, "*bf16", "*fp16")
+    for config in others:
+        yield case(dilations, config, "*fp32", "*fp32")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Sequence
 
 import torch
 import triton.language as tl
@@ -37,14 +35,10 @@ def device_guard(tensor: Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()
 
 
-def position_weights(dilations: Sequence[int], alpha: float, eps: float, position_weight: float) -> tuple[float, ...]:
-    """Return ``position_weight * softmax_p(-(r_p / (alpha * std(r) + eps))^2)`` for P neighbours, in double precision.
+# The dilation lists people run: PAMR's own, open-vocabulary heads', remote sensing's, AFA's six, DiffCut's eight.
+OFFLINE_DILATIONS = ((1,), (8, 16), (1, 2, 4), (1, 2, 4, 8, 12, 24), (1, 2, 4, 8, 12, 24, 32, 64))
 
-    ``r_p`` is ``d`` for the straight and ``sqrt(2) * d`` for the diagonal neighbours; ``std`` is over P, ddof = 1.
-    """
-    distances = [d * math.hypot(y, x) for d in dilations for y, x in zip(TAP_Y.value, TAP_X.value, strict=True)]
-    mean = math.fsum(distances) / len(distances)
-    std = math.sqrt(math.fsum((r - mean) ** 2 for r in distances) / (len(distances) - 1))
-    scores = [-((r / (alpha * std + eps)) ** 2) for r in distances]
-    exponentials = [math.exp(score - max(scores)) for score in scores]
-    return tuple(position_weight * e / math.fsum(exponentials) for e in exponentials)
+
+def pointer(dtype: torch.dtype) -> str:
+    """Return Triton's name of a pointer to ``dtype``."""
+    return {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}[dtype]

@@ -1,3 +1,4 @@
+# ruff: noqa: RUF005 (Triton concatenates tuples, it does not unpack them)
 """The propagation kernels: masks and weights in, masks after T weighted averages out.
 
 Between iterations the masks live in packed planes ``[n, groups, H, W, BLOCK_C]``: ``BLOCK_C`` channels side by side, so
@@ -8,7 +9,7 @@ owns a pixel, keeps the pixel's P weights in registers and walks over the channe
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import triton
@@ -16,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dmsa_kernels import tuning
-from dmsa_kernels.refine.triton.common import LAUNCH, TAP_X, TAP_Y, device_guard, needs_int64
+from dmsa_kernels.refine.triton.common import LAUNCH, OFFLINE_DILATIONS, TAP_X, TAP_Y, device_guard, needs_int64
 
 # Weights a thread can hold in registers; longer dilation lists read them again for every channel group.
 MAX_HELD_NEIGHBOURS = 64
@@ -24,10 +25,8 @@ MAX_HELD_NEIGHBOURS = 64
 BLOCK_PIXELS = 256
 
 
-@triton.jit(
-    do_not_specialize=["channels", "groups", "height", "width", "blocks", "stride_masks_n", "stride_masks_h"]
-)
-def propagate_pack_kernel(
+@triton.jit(do_not_specialize=["channels", "groups", "height", "width", "blocks", "stride_masks_n", "stride_masks_h"])
+def propagate_copy_kernel(
     masks_ptr,  # [n, C, H, W], any strides
     planes_ptr,  # [n, groups, H, W, BLOCK_C]
     valid_ptr,  # [n, C] uint8, 0 or 1
@@ -42,34 +41,42 @@ def propagate_pack_kernel(
     stride_masks_w,
     stride_valid_n,
     stride_valid_c,
+    PACK: tl.constexpr,
     HAS_VALID: tl.constexpr,
     INT64: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Copy masks into packed planes; padding and channels that are not valid become 0 and are not read."""
+    """Copy masks into packed planes (``PACK``) or back; channels that are not valid become 0 and are not read."""
     i_block = tl.program_id(0) % blocks
     i_group = (tl.program_id(0) // blocks) % groups
     i_n = tl.program_id(0) // (blocks * groups)
     if INT64:
         i_n = i_n.to(tl.int64)
         i_block = i_block.to(tl.int64)
+        i_group = i_group.to(tl.int64)
         height = height.to(tl.int64)
         width = width.to(tl.int64)
     o_pixel = i_block * BLOCK + tl.arange(0, BLOCK)
-    o_c = i_group * BLOCK_C + tl.arange(0, BLOCK_C)
-    m_pixel = o_pixel < height * width
+    o_lane = tl.arange(0, BLOCK_C)
+    o_c = i_group * BLOCK_C + o_lane
+    m_pixel = (o_pixel < height * width)[:, None]
     m_c = o_c < channels
+    m_read = m_c
     if HAS_VALID:
         # [BLOCK_C]
-        m_c = m_c & (tl.load(valid_ptr + i_n * stride_valid_n + o_c * stride_valid_c, mask=m_c, other=0) != 0)
+        m_read = m_c & (tl.load(valid_ptr + i_n * stride_valid_n + o_c * stride_valid_c, mask=m_c, other=0) != 0)
     o_masks = (o_pixel // width) * stride_masks_h + (o_pixel % width) * stride_masks_w
-    p_masks = masks_ptr + i_n * stride_masks_n + o_masks[:, None] + o_c.to(i_n.dtype)[None, :] * stride_masks_c
-    # [BLOCK, BLOCK_C]
-    b_masks = tl.load(p_masks, mask=m_pixel[:, None] & m_c[None, :], other=0.0)
+    p_masks = masks_ptr + i_n * stride_masks_n + o_masks[:, None] + o_c[None, :] * stride_masks_c
     o_planes = ((i_n * groups + i_group) * height * width + o_pixel) * BLOCK_C
-    p_planes = planes_ptr + o_planes[:, None] + tl.arange(0, BLOCK_C)[None, :]
-    tl.store(p_planes, b_masks.to(planes_ptr.dtype.element_ty), mask=m_pixel[:, None])
+    p_planes = planes_ptr + o_planes[:, None] + o_lane[None, :]
+    # [BLOCK, BLOCK_C]
+    if PACK:
+        b_masks = tl.load(p_masks, mask=m_pixel & m_read[None, :], other=0.0)
+        tl.store(p_planes, b_masks.to(planes_ptr.dtype.element_ty), mask=m_pixel)
+    else:
+        b_masks = tl.load(p_planes, mask=m_pixel & m_read[None, :], other=0.0)
+        tl.store(p_masks, b_masks.to(masks_ptr.dtype.element_ty), mask=m_pixel & m_c[None, :])
 
 
 @triton.jit(
@@ -83,14 +90,12 @@ def propagate_pack_kernel(
         "tiles_w",
         "tiles",
         "stride_weights_n",
-        "stride_out_n",
-        "stride_out_h",
     ]
 )
 def propagate_fwd_kernel(
     planes_ptr,  # [n, groups, H, W, BLOCK_C]
     weights_ptr,  # [n, P, H, W]
-    out_ptr,  # packed like planes_ptr, or [n, C, H, W] with any strides
+    out_ptr,  # like planes_ptr
     valid_ptr,  # [n, C] uint8, 0 or 1
     rows_ptr,  # [n, groups, 2, W, BLOCK_C] fp32, ADJOINT only: what clamping adds to the top and bottom rows
     columns_ptr,  # [n, groups, 2, H, BLOCK_C] fp32, ADJOINT only: the same for the left and right columns
@@ -103,14 +108,9 @@ def propagate_fwd_kernel(
     tiles_w,
     tiles,
     stride_weights_n,
-    stride_out_n,
-    stride_out_c,
-    stride_out_h,
-    stride_out_w,
     stride_valid_n,
     stride_valid_c,
     DILATIONS: tl.constexpr,
-    OUT_PACKED: tl.constexpr,
     HAS_VALID: tl.constexpr,
     HOLD_WEIGHTS: tl.constexpr,
     ADJOINT: tl.constexpr,
@@ -205,16 +205,11 @@ def propagate_fwd_kernel(
         if HAS_VALID:
             # a weight that is NaN must not turn the zeros of a channel that is not valid into NaN
             acc = tl.where(m_c[None, :], acc, 0.0)
-        if OUT_PACKED:
-            # planes of groups without a valid channel are never read, so they are not written either
-            o_out = (o_plane + o_y * width + o_x) * BLOCK_C
-            m_out = ((o_y < height * some) & (o_x < width))[:, None]
-            p_out = out_ptr + o_out[:, None] + o_lane[None, :]
-        else:
-            m_out = m_pixel[:, None] & (o_c < channels)[None, :]
-            o_out = i_n * stride_out_n + o_y * stride_out_h + o_x * stride_out_w
-            p_out = out_ptr + o_out[:, None] + o_c.to(i_n.dtype)[None, :] * stride_out_c
-        tl.store(p_out, acc.to(out_ptr.dtype.element_ty), mask=m_out)
+        # [PIXELS, BLOCK_C]; groups without a valid channel are never read, so they are not written either
+        o_out = (o_plane + o_y * width + o_x) * BLOCK_C
+        m_out = (o_y < height * some) & (o_x < width)
+        p_out = out_ptr + o_out[:, None] + o_lane[None, :]
+        tl.store(p_out, acc.to(out_ptr.dtype.element_ty), mask=m_out[:, None])
         i_group += 1
 
 
@@ -270,11 +265,12 @@ def propagate_labels_kernel(
     while i_c < channels:
         m_value = m_pixel
         if HAS_VALID:
+            # a class that is not valid never wins
             flag = tl.load(valid_ptr + i_n * stride_valid_n + i_c * stride_valid_c).to(tl.int32)
             m_value = o_pixel < plane * flag
         o_value = ((i_n * groups + i_c // BLOCK_C) * plane + o_pixel) * BLOCK_C + i_c % BLOCK_C
         # [BLOCK]
-        value = tl.load(planes_ptr + o_value, mask=m_value, other=0.0)
+        value = tl.load(planes_ptr + o_value, mask=m_value, other=float("-inf"))
         value = value.to(values_ptr.dtype.element_ty).to(tl.float32)
         better = (value > best) | ((value != value) & (best == best))
         best = tl.where(better, value, best)
@@ -311,19 +307,20 @@ def tuning_key(neighbours: int, pixels: int, channels: int, width: int) -> tuple
     return neighbours, tuning.bucket(pixels), tuning.bucket(channels), width
 
 
-def pack(masks: Tensor, valid: Tensor | None, width: int, dtype: torch.dtype) -> Tensor:
-    """Return masks ``[n, C, H, W]`` of any strides as planes ``[n, groups, H, W, width]``, zero where not valid."""
-    count, channels, rows, columns = masks.shape
-    groups = triton.cdiv(channels, width)
-    if width == 1 and valid is None and masks.dtype == dtype and masks.is_contiguous():
-        return masks.unsqueeze(-1)
-    planes = torch.empty((count, groups, rows, columns, width), dtype=dtype, device=masks.device)
+def is_plane(masks: Tensor, valid: Tensor | None, width: int, dtype: torch.dtype) -> bool:
+    """Return whether masks ``[n, C, H, W]`` already are planes of one channel each."""
+    return width == 1 and valid is None and masks.dtype == dtype and masks.is_contiguous()
+
+
+def copy(masks: Tensor, planes: Tensor, valid: Tensor | None, *, pack: bool) -> None:
+    """Launch the copy from ``masks [n, C, H, W]`` into ``planes [n, groups, H, W, width]``, or back if not ``pack``."""
+    count, groups, rows, columns, width = planes.shape
     blocks = triton.cdiv(rows * columns, BLOCK_PIXELS)
-    propagate_pack_kernel[(count * groups * blocks,)](
+    propagate_copy_kernel[(count * groups * blocks,)](
         masks_ptr=masks,
         planes_ptr=planes,
-        valid_ptr=masks if valid is None else valid,
-        channels=channels,
+        valid_ptr=planes if valid is None else valid,
+        channels=masks.shape[1],
         groups=groups,
         height=rows,
         width=columns,
@@ -334,6 +331,7 @@ def pack(masks: Tensor, valid: Tensor | None, width: int, dtype: torch.dtype) ->
         stride_masks_w=masks.stride(3),
         stride_valid_n=0 if valid is None else valid.stride(0),
         stride_valid_c=0 if valid is None else valid.stride(1),
+        PACK=pack,
         HAS_VALID=valid is not None,
         INT64=needs_int64(masks, planes),
         BLOCK_C=width,
@@ -341,6 +339,38 @@ def pack(masks: Tensor, valid: Tensor | None, width: int, dtype: torch.dtype) ->
         num_warps=4,
         **LAUNCH,
     )
+
+
+def pack(masks: Tensor, valid: Tensor | None, width: int, dtype: torch.dtype) -> Tensor:
+    """Return masks ``[n, C, H, W]`` of any strides as planes ``[n, groups, H, W, width]``, zero where not valid."""
+    if is_plane(masks, valid, width, dtype):
+        return masks.unsqueeze(-1)
+    count, channels, rows, columns = masks.shape
+    planes = torch.empty((count, triton.cdiv(channels, width), rows, columns, width), dtype=dtype, device=masks.device)
+    copy(masks, planes, valid, pack=True)
+    return planes
+
+
+def iterate(
+    masks: Tensor,
+    weights: Tensor,
+    dilations: tuple[int, ...],
+    num_iter: int,
+    valid: Tensor | None,
+    width: int,
+    dtype: torch.dtype,
+    last: Tensor | None = None,
+) -> Tensor:
+    """Pack ``masks`` and launch ``num_iter`` iterations; the result's planes are ``last`` when that is given."""
+    planes = pack(masks, valid, width, dtype)
+    spare = None
+    for t in range(num_iter):
+        written = last if last is not None and t == num_iter - 1 else spare
+        written = torch.empty_like(planes) if written is None else written
+        step(planes, weights, written, dilations, masks.shape[1], valid)
+        # the caller's masks may be the first planes themselves: never write into them
+        spare = planes if planes.data_ptr() != masks.data_ptr() else None
+        planes = written
     return planes
 
 
@@ -353,23 +383,20 @@ def step(
     valid: Tensor | None,
     borders: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """Launch one iteration from packed ``planes`` into ``out``: packed if it has five dimensions, else ``[n, C, H, W]``.
+    """Launch one iteration from ``planes`` into ``out``, both ``[n, groups, H, W, width]``.
 
     Args:
         borders: the border sums of the transpose (rows, columns); None for the iteration itself.
     """
     count, groups, rows, columns, width = planes.shape
     neighbours = weights.shape[1]
-    config = tuning.select(
-        "propagate_fwd", tuning_key(neighbours, rows * columns, channels, width), neighbours=neighbours
-    )
+    config = tuning.select("propagate_fwd", tuning_key(neighbours, rows * columns, channels, width))
     tiles_w = triton.cdiv(columns, config.block_w)
     tiles = tiles_w * triton.cdiv(rows, config.block_h)
     # weights are read once a program, so split the channels over programs only as far as the device needs work
     splits = min(groups, triton.cdiv(tuning.MIN_PROGRAMS, count * tiles))
     groups_each = triton.cdiv(groups, splits)
     splits = triton.cdiv(groups, groups_each)
-    out_strides = (0, 0, 0, 0) if out.dim() == 5 else out.stride()
     propagate_fwd_kernel[(count * splits * tiles,)](
         planes_ptr=planes,
         weights_ptr=weights,
@@ -386,14 +413,9 @@ def step(
         tiles_w=tiles_w,
         tiles=tiles,
         stride_weights_n=weights.stride(0),
-        stride_out_n=out_strides[0],
-        stride_out_c=out_strides[1],
-        stride_out_h=out_strides[2],
-        stride_out_w=out_strides[3],
         stride_valid_n=0 if valid is None else valid.stride(0),
         stride_valid_c=0 if valid is None else valid.stride(1),
         DILATIONS=dilations,
-        OUT_PACKED=out.dim() == 5,
         HAS_VALID=valid is not None,
         HOLD_WEIGHTS=groups_each > 1 and neighbours <= MAX_HELD_NEIGHBOURS,
         ADJOINT=borders is not None,
@@ -418,8 +440,7 @@ def plane_dtype(weights: Tensor) -> torch.dtype:
 
 def without_invalid(masks: Tensor, valid: Tensor | None) -> Tensor:
     """Return a copy of ``masks`` with the planes that are not valid set to zero: what zero iterations give."""
-    out = torch.empty_like(masks)
-    out.copy_(masks)
+    out = torch.empty_like(masks).copy_(masks)
     return out if valid is None else out.masked_fill_(~valid[:, :, None, None], 0)
 
 
@@ -454,15 +475,12 @@ def propagate(
                 here = (slice(n, n + images), slice(c, c + chunk))
                 part = masks[here]
                 valid = None if valid_classes is None else valid_classes[here]
-                planes = pack(part, valid, width, dtype)
-                spare = None
-                for _ in range(num_iter - 1):
-                    written = torch.empty_like(planes) if spare is None else spare
-                    step(planes, weights[here[0]], written, dilations, part.shape[1], valid)
-                    # the caller's masks may be the first planes themselves: never write into them
-                    spare = planes if planes.data_ptr() != part.data_ptr() else None
-                    planes = written
-                step(planes, weights[here[0]], out[here], dilations, part.shape[1], valid)
+                target = out[here]
+                direct = is_plane(target, valid, width, dtype)
+                last = target.unsqueeze(-1) if direct else None
+                planes = iterate(part, weights[here[0]], dilations, num_iter, valid, width, dtype, last)
+                if not direct:
+                    copy(target, planes, valid, pack=False)
     return out
 
 
@@ -472,7 +490,8 @@ def propagate_labels(
     """Launch T iterations chunk by chunk and keep only the largest channel of every pixel; arguments as `propagate`.
 
     Returns:
-        ``labels [B, H, W]`` int64, the lowest channel among equals, and ``values [B, H, W]`` in the masks' dtype.
+        ``labels [B, H, W]`` int64, the lowest valid channel among equals, and ``values [B, H, W]`` in the masks' dtype;
+        label 0 and minus infinity where an image has no valid channel.
     """
     dilations = tuple(int(d) for d in dilations)
     weights = weights.contiguous()
@@ -493,13 +512,7 @@ def propagate_labels(
                 here = (slice(n, n + images), slice(c, c + chunk))
                 part = masks[here]
                 valid = None if valid_classes is None else valid_classes[here]
-                planes = pack(part, valid, width, dtype)
-                spare = None
-                for _ in range(num_iter):
-                    written = torch.empty_like(planes) if spare is None else spare
-                    step(planes, weights[here[0]], written, dilations, part.shape[1], valid)
-                    spare = planes if planes.data_ptr() != part.data_ptr() else None
-                    planes = written
+                planes = iterate(part, weights[here[0]], dilations, num_iter, valid, width, dtype)
                 propagate_labels_kernel[(part.shape[0] * blocks,)](
                     planes_ptr=planes,
                     valid_ptr=part if valid is None else valid,
@@ -520,3 +533,64 @@ def propagate_labels(
                     **LAUNCH,
                 )
     return labels, values
+
+
+def offline_cases() -> Iterator[tuning.OfflineCase]:
+    """List the launches for compilation without a device."""
+
+    def case(label: str, dilations: tuple[int, ...], config: tuning.Config, width: int, **constants: object):
+        planes, weights = ("*fp16", "*fp16") if width == 8 else ("*fp32", "*fp32")
+        return tuning.OfflineCase(
+            f"propagate_fwd {label} {dilations} {config}",
+            propagate_fwd_kernel,
+            {
+                "planes_ptr": planes,
+                "weights_ptr": weights,
+                "out_ptr": planes,
+                "valid_ptr": "*u8",
+                "rows_ptr": "*fp32",
+                "columns_ptr": "*fp32",
+            },
+            {
+                "DILATIONS": dilations,
+                "HAS_VALID": False,
+                "HOLD_WEIGHTS": True,
+                "ADJOINT": False,
+                "INT64": False,
+                "BLOCK_C": width,
+                "BLOCK_H": config.block_h,
+                "BLOCK_W": config.block_w,
+            }
+            | constants,
+            num_warps=config.num_warps,
+            every_target=not constants,
+        )
+
+    longest: dict[tuple[tuning.Config, int], tuple[int, ...]] = {}
+    for dilations in OFFLINE_DILATIONS:
+        for width, label in ((4, "exact"), (8, "fast")):
+            default, *others = tuning.configs("propagate_fwd", neighbours=8 * len(dilations), width=width)
+            yield case(label, dilations, default, width)
+            longest |= {(config, width): dilations for config in others}
+        yield case("exact, one group", dilations, default, 1, HOLD_WEIGHTS=False)
+    for (config, width), dilations in longest.items():  # the list that leaves a configuration least room
+        yield case("tile", dilations, config, width, INT64=False)
+    for dilations in OFFLINE_DILATIONS[-2:]:
+        yield case("exact, valid", dilations, default, 4, HAS_VALID=True)
+        yield case("fast, valid", dilations, default, 8, HAS_VALID=True)
+        yield case("exact, transposed", dilations, default, 4, ADJOINT=True)
+    for masks, planes, width in (("*fp32", "*fp32", 4), ("*fp16", "*fp32", 4), ("*bf16", "*fp16", 8)):
+        flags = {"HAS_VALID": True, "INT64": False, "BLOCK_C": width, "BLOCK": BLOCK_PIXELS}
+        for packing in (True, False):
+            yield tuning.OfflineCase(
+                f"propagate_copy {masks[1:]} {planes[1:]} {packing=}",
+                propagate_copy_kernel,
+                {"masks_ptr": masks, "planes_ptr": planes, "valid_ptr": "*u8"},
+                {"stride_masks_w": 1, "PACK": packing} | flags,
+            )
+        yield tuning.OfflineCase(
+            f"propagate_labels {planes[1:]}->{masks[1:]}",
+            propagate_labels_kernel,
+            {"planes_ptr": planes, "valid_ptr": "*u8", "labels_ptr": "*i64", "values_ptr": masks},
+            flags,
+        )

@@ -1,0 +1,144 @@
+"""Compile kernels for GPUs that are not there, and read what the compiler made of them.
+
+A Triton module joins by being named in ``MODULES`` and by offering ``offline_cases() -> Iterable[OfflineCase]`` (from
+``dmsa_kernels.tuning``): one case a launch, with the argument types, the compile-time constants and the number of warps
+that the launcher uses. All pointers are taken as 16-byte aligned. Cases run for every target; a case with
+``every_target=False`` (another tile of a kernel that is listed for all) only for sm_90.
+
+Run it for the report::
+
+    python -m tests.offline [--targets sm_90 gfx942] [--match propagate]
+
+It prints one JSON line a compilation: registers, bytes of stack and local memory, shared memory, instructions, and how
+many global loads there are of each width. ``TRITON_INTERPRET`` must be unset: under it ``triton.jit`` gives interpreted
+functions. The tests therefore run this module in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import importlib
+import json
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+
+MODULES = (
+    "dmsa_kernels.refine.triton.affinity",
+    "dmsa_kernels.refine.triton.propagate",
+)
+TARGETS = ("sm_90", "sm_80", "sm_86", "sm_89", "sm_100", "gfx942")
+
+_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
+_USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+
+
+def parse_usage(text: str) -> dict[str, int]:
+    """Read ``cuobjdump -res-usage``: registers, and bytes of stack, shared and local memory."""
+    match = _USAGE.search(text)
+    if match is None:
+        raise ValueError(f"no resource usage in {text!r}")
+    registers, stack, shared, local = map(int, match.groups())
+    return {"registers": registers, "stack": stack, "shared": shared, "local": local}
+
+
+def parse_instructions(sass: str) -> collections.Counter[str]:
+    """Count the opcodes of a disassembly by ``nvdisasm``, modifiers included."""
+    return collections.Counter(_INSTRUCTION.findall(sass))
+
+
+def load_widths(opcodes: collections.Counter[str]) -> dict[str, int]:
+    """Return how many global loads there are of each width in bits."""
+    widths: collections.Counter[str] = collections.Counter()
+    for opcode, count in opcodes.items():
+        if opcode.startswith("LDG"):
+            modifiers = opcode.split(".")[1:]
+            narrow = {"U8": "8", "S8": "8", "U16": "16", "S16": "16"}
+            wide = [m for m in modifiers if m in ("64", "128", "256")]
+            widths[wide[0] if wide else next((narrow[m] for m in modifiers if m in narrow), "32")] += count
+    return dict(sorted(widths.items(), key=lambda item: int(item[0])))
+
+
+def spills(opcodes: collections.Counter[str]) -> int:
+    """Return the number of loads from and stores to local memory."""
+    return sum(count for opcode, count in opcodes.items() if opcode.split(".")[0] in ("LDL", "STL"))
+
+
+def _tool(name: str) -> str:
+    import triton.backends.nvidia
+
+    return str(pathlib.Path(triton.backends.nvidia.__file__).parent / "bin" / name)
+
+
+def compile_case(case, target: str) -> dict:
+    """Compile one case for one target and return its report."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = list(case.kernel.arg_names)
+    unknown = (set(case.types) | set(case.constants)) - set(names)
+    if unknown:
+        raise ValueError(f"{case.name}: {sorted(unknown)} are not arguments of the kernel; it has {names}")
+    signature = {n: "constexpr" if n in case.constants else case.types.get(n, "i32") for n in names}
+    source = ASTSource(
+        fn=case.kernel,
+        signature=signature,
+        constexprs={(names.index(n),): value for n, value in case.constants.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")},
+    )
+    nvidia = target.startswith("sm_")
+    gpu = GPUTarget("cuda", int(target[3:]), 32) if nvidia else GPUTarget("hip", target, 64)
+    compiled = triton.compile(source, target=gpu, options={"num_warps": case.num_warps, "enable_fp_fusion": True})
+    report = {"case": case.name, "target": target}
+    if not nvidia:
+        # the assembly's metadata; 64-bit global loads and up are the wide ones
+        assembly = compiled.asm["amdgcn"]
+        report["registers"] = int(re.search(r"\.vgpr_count:\s+(\d+)", assembly).group(1))
+        report["spills"] = int(re.search(r"\.vgpr_spill_count:\s+(\d+)", assembly).group(1))
+        report["loads"] = dict(collections.Counter(re.findall(r"(?:global|buffer)_load_\w+", assembly)))
+        return report
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = pathlib.Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        run = {"check": True, "capture_output": True, "text": True}
+        usage = subprocess.run([_tool("cuobjdump"), "-res-usage", str(cubin)], **run).stdout
+        opcodes = parse_instructions(subprocess.run([_tool("nvdisasm"), "-c", str(cubin)], **run).stdout)
+    return (
+        report
+        | parse_usage(usage)
+        | {
+            "spills": spills(opcodes),
+            "instructions": sum(opcodes.values()),
+            "loads": load_widths(opcodes),
+        }
+    )
+
+
+def cases(match: str = "") -> Iterator:
+    """Yield the cases of all modules whose name contains ``match``."""
+    for module in MODULES:
+        for case in importlib.import_module(module).offline_cases():
+            if match in case.name:
+                yield case
+
+
+def main(argv: list[str]) -> None:
+    """Compile and print; see the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--targets", nargs="+", default=TARGETS)
+    parser.add_argument("--match", default="", help="only cases whose name contains this")
+    parser.add_argument("--share", default="0/1", help="i/n: every n-th compilation, starting at i")
+    arguments = parser.parse_args(argv)
+    index, count = map(int, arguments.share.split("/"))
+    work = [(c, t) for c in cases(arguments.match) for t in arguments.targets if c.every_target or t == TARGETS[0]]
+    for case, target in work[index::count]:
+        print(json.dumps(compile_case(case, target)), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
