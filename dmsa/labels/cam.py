@@ -96,16 +96,15 @@ def class_attention_gradient(encoder: Encoder, attended: Attended, centroids: Te
         wide = attended.attention.dtype
         values = attended.values.detach().to(wide)  # [B, A, T, D/A]
         context = (attended.attention.detach().unsqueeze(2) @ values).flatten(1)  # [B, D]
-        parameter = next(encoder.parameters())
-        context = context.to(parameter.dtype).requires_grad_()
-        token = encoder.class_token(attended, context).to(wide)  # [B, D]
-        towards = nn.functional.normalize(centroids.detach().to(token), dim=-1)  # [K, D]
-        norm = token.detach().norm(dim=-1, keepdim=True)  # [B, 1]
+        # one copy per class, so that one ordinary backward pass carries all K directions through the one token
+        context = context.to(next(encoder.parameters()).dtype).repeat(len(centroids), 1, 1).requires_grad_()
+        token = encoder.class_token(attended, context).to(wide)  # [K, B, D]
+        towards = nn.functional.normalize(centroids.detach().to(token), dim=-1)[:, None]  # [K, 1, D]
+        norm = token.detach().norm(dim=-1, keepdim=True)  # [K, B, 1]
         along = token.detach() / norm
-        cosine = towards @ along.T  # [K, B]
         # d cos / d token, for every class and image
-        directions = (towards[:, None] - cosine[..., None] * along) / norm  # [K, B, D]
-        (weights,) = torch.autograd.grad(token, context, directions, is_grads_batched=True)  # [K, B, D]
+        directions = (towards - (towards * along).sum(-1, keepdim=True) * along) / norm  # [K, B, D]
+        (weights,) = torch.autograd.grad(token, context, directions)  # [K, B, D]
     weights = weights.to(wide).transpose(0, 1)  # [B, K, D]
     # mean over heads of (weights of the head) . (values of the head) is one product over the joined head dimension
     return weights @ values.transpose(2, 3).flatten(1, 2) / heads

@@ -94,7 +94,7 @@ def refine_scores(scores: Tensor, guide: Tensor, config: LabelConfig) -> Tensor:
         if config.label_grid == "tokens":
             return scores
         return F.interpolate(scores, half, mode="bilinear", align_corners=True)
-    from dmsa_kernels import refine
+    from dmsa_kernels.refine import refine
 
     with torch.no_grad():
         small = F.interpolate(guide.to(scores.dtype), half, mode="bilinear", antialias=True)

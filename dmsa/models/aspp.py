@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dmsa_kernels.aspp import DepthwiseASPP
+from dmsa_kernels import DepthwiseASPP
 
 
 class AtrousPyramid(nn.Module):
