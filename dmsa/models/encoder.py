@@ -146,7 +146,7 @@ class Encoder(nn.Module):
         return self.attend(self.frozen(images), grid, output=output)
 
     def class_token(self, attended: Attended, context: Tensor) -> Tensor:
-        """Return the final class token [..., B, D] as a function of its attention-weighted values `context`, same shape.
+        """Return the final class token [..., B, D] from its attention-weighted values `context`, of the same shape.
 
         Differentiable with respect to `context`: this is the part of the network that lies between the class-token
         attention row and the class token.
