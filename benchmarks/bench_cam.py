@@ -27,7 +27,7 @@ from torch import Tensor
 from benchmarks.harness import Candidate, Row, percentile, pick_device, relative_error
 from dmsa.config import Config, DataConfig, LabelConfig
 from dmsa.labels.cam import KEPT_MASS, attention_gradient_cam, carries_mass
-from dmsa.labels.feature_bank import _Squashed, build_feature_bank, cut, foreground_of, window_shares, windows
+from dmsa.labels.feature_bank import SquashedImages, build_feature_bank, cut, foreground_of, window_shares, windows
 from dmsa.models.encoder import Encoder, build_encoder
 
 BACKBONE = "vit_small_patch8_224.dino"
@@ -146,7 +146,7 @@ def bank_by_loop(config: Config, device: torch.device, pictures: Pictures) -> Te
     net, size = encoder(config.model.encoder, device), config.data.size
     side = 2 * size // net.patch_size
     boxes = windows((side, side), config.labels.bank_scales)
-    squashed, features = _Squashed(pictures, range(pictures.images), 2 * size), []
+    squashed, features = SquashedImages(pictures, range(pictures.images), 2 * size), []
     mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     for i in range(pictures.images):
         image = (squashed[i].to(device).float() / 255 - mean) / std

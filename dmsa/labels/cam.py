@@ -51,7 +51,8 @@ def attention_gradient_cam(
     if batch_parity:
         gradient = gradient / max(len(attended), 1)
     attention = attended.attention[..., prefix:].mean(1)  # [B, N]
-    attention = attention / attention.amax(-1, keepdim=True)
+    # prefix tokens can take all of a row; its patches then count 0, not 0/0
+    attention = attention / attention.amax(-1, keepdim=True).clamp(min=torch.finfo(attention.dtype).tiny)
     evidence = gradient.relu()
     evidence = evidence * carries_mass(evidence, KEPT_MASS)
     maps = torch.where(gradient >= 0, attention[:, None] + evidence, 0)
@@ -100,7 +101,7 @@ def class_attention_gradient(encoder: Encoder, attended: Attended, centroids: Te
         context = context.to(next(encoder.parameters()).dtype).repeat(len(centroids), 1, 1).requires_grad_()
         token = encoder.class_token(attended, context).to(wide)  # [K, B, D]
         towards = nn.functional.normalize(centroids.detach().to(token), dim=-1)[:, None]  # [K, 1, D]
-        norm = token.detach().norm(dim=-1, keepdim=True)  # [K, B, 1]
+        norm = token.detach().norm(dim=-1, keepdim=True).clamp(min=1e-12)  # [K, B, 1]
         along = token.detach() / norm
         # d cos / d token, for every class and image
         directions = (towards - (towards * along).sum(-1, keepdim=True) * along) / norm  # [K, B, D]

@@ -211,7 +211,7 @@ def _plan(encoder: Encoder, dataset: Any, config: Config) -> tuple[list[tuple[in
     return windows((side, side), config.labels.bank_scales), _thin(image_count(dataset), config.labels.bank_images)
 
 
-class _Squashed(torch.utils.data.Dataset):
+class SquashedImages(torch.utils.data.Dataset):
     """Images squashed to a square, uint8 [3, side, side]; a string names a damaged one."""
 
     def __init__(self, dataset: Any, indices: Sequence[int], side: int) -> None:
@@ -234,7 +234,9 @@ class _Squashed(torch.utils.data.Dataset):
 
 def _squashed(dataset: Any, indices: Sequence[int], config: Config) -> Iterator[Tensor | str]:
     workers = config.data.workers if len(indices) >= PART else 0  # starting workers costs more than few images do
-    return iter(DataLoader(_Squashed(dataset, indices, 2 * config.data.size), batch_size=None, num_workers=workers))
+    return iter(
+        DataLoader(SquashedImages(dataset, indices, 2 * config.data.size), batch_size=None, num_workers=workers)
+    )
 
 
 def _extract(

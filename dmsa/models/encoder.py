@@ -29,7 +29,7 @@ SHIPPED = "shapes_vit_tiny"
 Pyramid = Callable[[Tensor, tuple[int, int], "tuple[int, ...] | None"], Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Attended:
     """The last block up to its attention, evaluated once and shared by everything that needs it."""
 

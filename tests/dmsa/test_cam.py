@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -136,6 +138,15 @@ def test_degenerate_centroids_and_batches():
     # a centroid along the class token itself has gradient zero up to rounding
     _, cls = encoder(images[:1])
     assert attention_gradient_cam(encoder, images[:1], cls).isfinite().all()
+    # a class token of length zero, and a class token that attends to nothing but itself
+    with torch.no_grad():
+        encoder.vit.norm.weight.zero_()
+        encoder.vit.norm.bias.zero_()
+    assert attention_gradient_cam(encoder, images, torch.randn(3, 48)).isfinite().all()
+    encoder, tokens = tiny_encoder(), torch.zeros(1, 37, 48)
+    attended = encoder.attend(tokens, (6, 6))
+    alone = F.one_hot(torch.zeros(1, 3, dtype=torch.long), 37).float()
+    assert attention_gradient_cam(encoder, replace(attended, attention=alone), torch.randn(3, 48)).isfinite().all()
     with pytest.raises(ValueError, match=r"centroids\.shape"):
         attention_gradient_cam(encoder, images, torch.randn(3, 47))
 
