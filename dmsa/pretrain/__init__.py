@@ -99,7 +99,7 @@ def save_encoder(vit: nn.Module, path: Path) -> None:
 
 def _formula(config: PretrainConfig, vit: nn.Module):
     from dmsa.pretrain.formula import FormulaHead, draw_batch, draw_categories, formula_loss, targets
-    from dmsa.pretrain.quality import normalise
+    from dmsa.pretrain.quality import normalise, tokens_and_attention
 
     categories = draw_categories(config.categories, config.seed)
     head = FormulaHead(vit.embed_dim, categories.operator)
@@ -111,12 +111,10 @@ def _formula(config: PretrainConfig, vit: nn.Module):
         size = sizes[int(torch.randint(len(sizes), (1,), generator=generator))]
         batch = max(1, config.batch * config.size**2 // size**2)  # the same number of pixels in every step
         images, owner = draw_batch(categories, batch, size, generator)
-        patches, shares = targets(owner, patch, config.categories)
         with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
-            tokens = vit.forward_features(normalise(images))
-        prefix = vit.num_prefix_tokens
-        tokens = torch.cat([tokens[:, :1], tokens[:, prefix:]], dim=1).float()
-        return formula_loss(head, tokens, patches, shares)
+            tokens, attention = tokens_and_attention(vit, normalise(images))
+        tokens = torch.cat([tokens[:, :1], tokens[:, vit.num_prefix_tokens :]], dim=1).float()
+        return formula_loss(head, tokens, attention.float(), targets(owner, patch, config.categories))
 
     return nn.ModuleDict({"vit": vit, "head": head}), loss_of_step, lambda step: None
 

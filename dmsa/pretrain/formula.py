@@ -3,9 +3,10 @@
 As in FractalDB (Kataoka et al. 2020) and Visual Atoms (Takashima et al. 2023) a network learns to tell categories
 that a formula makes up. Here a category is a texture (an operator on oblique gratings) inside a smooth, star-convex
 outline; every instance has its own angle, scale, phase, place and two colours. Pictures hold several instances on a
-cluttered background, so that the class token has to find the objects: it is trained to name the categories in the
-proportion of their visible areas, and every patch to name its own category or the background, by one shared cosine
-classifier. Class token and patches therefore live in one space.
+cluttered background. Labels are free, and serve what DMSA takes from a backbone: the class token names the
+categories in the proportion of their visible areas, its attention in the last block covers the objects (DINO's does
+by itself after long training on photographs), and the patches on objects name their categories by the same cosine
+classifier.
 
 None of the textures and outlines of the data set ``shapes`` can be drawn: its gratings stand at right angles, while
 those of a category stand at 20 to 65 degrees (`ANGLE`); a single grating is no operator here; its outlines are discs
@@ -200,32 +201,43 @@ def draw_batch(
     return image.clamp(0, 1), owner
 
 
-def targets(owner: Tensor, patch: int, categories: int) -> tuple[Tensor, Tensor]:
-    """What the tokens shall say.
+@dataclass(frozen=True)
+class Targets:
+    """What the tokens of a batch shall say and where the class token shall look."""
+
+    patches: Tensor
+    """Category of every patch, int64 ``[B, N]``; -100 where no one covers 60 % of it, and on the background."""
+    shares: Tensor
+    """Shares of the categories in the visible object area, ``[B, categories]``; zeros where there is no object."""
+    attention: Tensor
+    """Shares of the patches in the visible object area, ``[B, N]``; zeros where there is no object."""
+
+
+def targets(owner: Tensor, patch: int, categories: int) -> Targets:
+    """Targets of pictures whose pixels belong to ``owner`` (int64 ``[B, S, S]``, -1 for the background).
 
     Args:
-        owner: Category of every pixel, int64 ``[B, S, S]``, -1 for the background.
+        owner: From `draw_batch`.
         patch: Side of a patch in pixels; it divides ``S``.
         categories: Number of categories.
-
-    Returns:
-        Target of the patches, int64 ``[B, N]``: a category, ``categories`` for the background, or -100 where no one
-        covers 60 % of the patch; and target of the class token ``[B, categories]``: shares of the visible object
-        area (rows sum to 1, or to 0 for a picture without objects).
     """
     batch, side, _ = owner.shape
     grid = side // patch
     tiles = owner.unflatten(1, (grid, patch)).unflatten(3, (grid, patch)).transpose(2, 3).reshape(batch, grid**2, -1)
     majority = tiles.mode(dim=-1).values  # [B, N]
     clear = (tiles == majority[..., None]).float().mean(-1) >= 0.6
-    patches = torch.where(majority < 0, categories, majority).where(clear, -100)
     flat = owner.flatten(1)
     area = torch.zeros(batch, categories).scatter_add_(1, flat.clamp(min=0), (flat >= 0).float())
-    return patches, area / area.sum(1, keepdim=True).clamp(min=1)
+    covered = (tiles >= 0).float().sum(-1)
+    return Targets(
+        patches=majority.where(clear & (majority >= 0), -100),
+        shares=area / area.sum(1, keepdim=True).clamp(min=1),
+        attention=covered / covered.sum(1, keepdim=True).clamp(min=1),
+    )
 
 
 class FormulaHead(nn.Module):
-    """One cosine classifier for class token and patches, one logit for the background, and an easier auxiliary task.
+    """One cosine classifier for class token and object patches, and an easier auxiliary task.
 
     Hundreds of categories give hardly a gradient to an untrained network. The auxiliary linear layer names only the
     category's operator (one of seven) and gets learning off the ground; it is dropped with the head.
@@ -240,49 +252,57 @@ class FormulaHead(nn.Module):
     def __init__(self, dim: int, operator: Tensor) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(len(operator), dim) * dim**-0.5)
-        self.background = nn.Linear(dim, 1)
         self.log_scale = nn.Parameter(torch.tensor(math.log(12.0)))
         self.auxiliary = nn.Linear(dim, len(OPERATORS))
-        # The background counts as one more operator.
-        self.register_buffer("operator", torch.cat([operator, torch.tensor([len(OPERATORS)])]), persistent=False)
+        self.register_buffer("operator", operator.clone(), persistent=False)
 
-    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of the class token ``[B, categories]`` and of the patches ``[B, N, categories + 1]``."""
+    def forward(self, tokens: Tensor) -> Tensor:
+        """``[..., D]`` → logits ``[..., categories]``."""
         scale = self.log_scale.clamp(max=math.log(40.0)).exp()
-        cosine = scale * F.linear(F.normalize(tokens, dim=-1), F.normalize(self.weight, dim=-1))
-        return cosine[:, 0], torch.cat([cosine[:, 1:], self.background(tokens[:, 1:])], dim=-1)
-
-    def auxiliary_loss(self, tokens: Tensor, patches: Tensor, shares: Tensor) -> Tensor:
-        """Cross-entropy of the operators, over class tokens and object patches; arguments as in `formula_loss`."""
-        logits = self.auxiliary(tokens).log_softmax(-1)
-        wanted = shares @ F.one_hot(self.operator[:-1], len(OPERATORS)).to(shares.dtype)
-        things = (patches >= 0) & (patches < shares.shape[1])
-        of_patches = F.nll_loss(logits[:, 1:][things], self.operator[patches[things]])
-        return of_patches - (wanted * logits[:, 0]).sum(-1).mean()
+        return scale * F.linear(F.normalize(tokens, dim=-1), F.normalize(self.weight, dim=-1))
 
 
-def formula_loss(head: FormulaHead, tokens: Tensor, patches: Tensor, shares: Tensor) -> dict[str, Tensor]:
-    """Cross-entropy of class token and patches, the auxiliary term, and accuracies.
+CLASS_WEIGHT, PATCH_WEIGHT, OPERATOR_WEIGHT, ATTENTION_WEIGHT = 1.0, 0.3, 0.25, 0.5
+
+
+def formula_loss(head: FormulaHead, tokens: Tensor, attention: Tensor, wanted: Targets) -> dict[str, Tensor]:
+    """Sum of four cross-entropies, and accuracies.
+
+    The class token names the categories (in the proportion of their areas), object patches name theirs, both also
+    name their operators; and the class token's attention in the last block is spread over the objects. The
+    background has no target of its own: it is where the class token does not look.
 
     Args:
         head: The classifiers.
         tokens: Final tokens ``[B, 1 + N, D]``, the class token first.
-        patches: Targets of the patches, from `targets`.
-        shares: Targets of the class token, from `targets`.
+        attention: The last block's class-token attention to the patches, mean over heads, ``[B, N]``.
+        wanted: From `targets`.
     """
-    of_class, of_patches = head(tokens)
-    loss_class = -(shares * of_class.log_softmax(-1)).sum(-1).mean()
-    loss_patch = F.cross_entropy(of_patches.flatten(0, 1), patches.flatten(), ignore_index=-100)
-    auxiliary = head.auxiliary_loss(tokens, patches, shares)
+    of_class = head(tokens[:, 0])
+    things = wanted.patches >= 0
+    patches, names = tokens[:, 1:][things], wanted.patches[things]
+    of_patches = head(patches)
+    loss_class = -(wanted.shares * of_class.log_softmax(-1)).sum(-1).mean()
+    loss_patch = F.cross_entropy(of_patches, names, reduction="sum") / max(len(names), 1)
+    operators = wanted.shares @ F.one_hot(head.operator, len(OPERATORS)).to(wanted.shares.dtype)
+    loss_operator = -(operators * head.auxiliary(tokens[:, 0]).log_softmax(-1)).sum(-1).mean()
+    loss_operator = loss_operator + F.cross_entropy(
+        head.auxiliary(patches), head.operator[names], reduction="sum"
+    ) / max(len(names), 1)
+    spread = attention / attention.sum(-1, keepdim=True)
+    loss_attention = -(wanted.attention * (spread + 1e-6).log()).sum(-1).mean()
     with torch.no_grad():
-        things = (patches >= 0) & (patches < shares.shape[1])
-        accuracy = (of_class.argmax(-1) == shares.argmax(-1)).float().mean()
-        accuracy_patch = (of_patches[..., :-1].argmax(-1) == patches)[things].float().mean()
+        accuracy = (of_class.argmax(-1) == wanted.shares.argmax(-1)).float().mean()
+        accuracy_patch = (of_patches.argmax(-1) == names).float().sum() / max(len(names), 1)
     return {
-        "loss": loss_class + loss_patch + 0.5 * auxiliary,
+        "loss": CLASS_WEIGHT * loss_class
+        + PATCH_WEIGHT * loss_patch
+        + OPERATOR_WEIGHT * loss_operator
+        + ATTENTION_WEIGHT * loss_attention,
         "loss_class": loss_class,
         "loss_patch": loss_patch,
-        "loss_operator": auxiliary,
+        "loss_operator": loss_operator,
+        "loss_attention": loss_attention,
         "accuracy_class": accuracy,
         "accuracy_patch": accuracy_patch,
     }

@@ -40,7 +40,6 @@ def normalise(images: Tensor) -> Tensor:
     return (images - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
 
 
-@torch.no_grad()
 def tokens_and_attention(vit: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     """Final tokens ``[B, 1 + N, D]`` and the last block's class-token attention ``[B, N]`` (mean over the heads)."""
     x = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
@@ -51,7 +50,7 @@ def tokens_and_attention(vit: nn.Module, images: Tensor) -> tuple[Tensor, Tensor
     qkv = attention.qkv(last.norm1(x)).unflatten(-1, (3, attention.num_heads, -1))  # [B, 1 + N, 3, heads, d]
     query, key = attention.q_norm(qkv[:, :1, 0]), attention.k_norm(qkv[:, :, 1])
     weights = torch.einsum("bqhd,bkhd->bhqk", query, key) * attention.scale
-    return vit.norm(last(x)), weights.softmax(-1)[:, :, 0, vit.num_prefix_tokens :].mean(1)
+    return vit.norm(last(x)), weights.float().softmax(-1)[:, :, 0, vit.num_prefix_tokens :].mean(1)
 
 
 def mean_iou(predicted: np.ndarray, label: np.ndarray, classes: int, *, match: bool) -> float:
@@ -78,6 +77,7 @@ def patch_labels(label: np.ndarray, patch: int, classes: int) -> np.ndarray:
     return tiles.sum((2, 4)).argmax(-1)
 
 
+@torch.enable_grad()
 def _linear_probe(x: Tensor, y: Tensor, classes: int) -> nn.Linear:
     """Multinomial logistic regression, by L-BFGS."""
     probe = nn.Linear(x.shape[1], classes)
@@ -122,6 +122,7 @@ def object_crops(count: int, side: int, seed: int) -> tuple[Tensor, np.ndarray]:
     return normalise(torch.cat(crops[:count])), np.array(kinds[:count])
 
 
+@torch.no_grad()
 def measure(vit: nn.Module, *, size: int = 96, pictures: int = 120, crops: int = 300, seed: int = 0) -> Quality:
     """Measure a timm vision transformer on ``shapes``.
 
@@ -150,8 +151,7 @@ def measure(vit: nn.Module, *, size: int = 96, pictures: int = 120, crops: int =
     y_train = torch.from_numpy(patch_labels(label, patch, classes).reshape(-1))
     mean, std = x_train.mean(0), x_train.std(0) + 1e-6
     probe = _linear_probe((x_train - mean) / std, y_train, classes)
-    with torch.no_grad():
-        predicted = probe((x - mean) / std).argmax(-1).numpy()
+    predicted = probe((x - mean) / std).argmax(-1).numpy()
     clusters = KMeans(classes, n_init=3, random_state=seed).fit_predict(F.normalize(x, dim=-1).numpy())
 
     images, kinds = object_crops(crops, 64, seed)
