@@ -154,6 +154,8 @@ class TrainConfig:
     """Compile the frozen blocks and the decoder with torch.compile."""
     deterministic: bool = False
     """Refuse operators that are not deterministic."""
+    baselines: bool = False
+    """Close with baselines that share the run's data and budget: clusterings, labels before training, TransFGU."""
     seed: int = 0
     """Seed of everything random."""
 

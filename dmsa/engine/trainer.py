@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.util
 import json
 import math
 import os
@@ -429,8 +428,8 @@ class Trainer:
             say(f"{path} has the scores, {self.folder.panels} the panels")
 
     def _baselines(self) -> list[dict[str, Any]]:
-        """Return the rows of the baselines, where this installation has them."""
-        if importlib.util.find_spec("dmsa.engine.baselines") is None:
+        """Return the rows of the baselines, if they are asked for."""
+        if not self.config.train.baselines:
             return []
         from dmsa.engine.baselines import score_baselines
 

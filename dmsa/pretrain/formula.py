@@ -5,8 +5,8 @@ that a formula makes up. Here a category is a texture (an operator on oblique gr
 outline; every instance has its own angle, scale, phase, place and two colours. Pictures hold several instances on a
 cluttered background. Labels are free, and serve what DMSA takes from a backbone: the class token names the
 categories in the proportion of their visible areas, its attention in the last block covers the objects (DINO's does
-by itself after long training on photographs), and the patches on objects name their categories by the same cosine
-classifier.
+by itself after long training on photographs), and the patches name their category, or the background, by the same
+cosine classifier.
 
 None of the textures and outlines of the data set ``shapes`` can be drawn: its gratings stand at right angles, while
 those of a category stand at 20 to 65 degrees (`ANGLE`); a single grating is no operator here; its outlines are discs
@@ -206,7 +206,7 @@ class Targets:
     """What the tokens of a batch shall say and where the class token shall look."""
 
     patches: Tensor
-    """Category of every patch, int64 ``[B, N]``; -100 where no one covers 60 % of it, and on the background."""
+    """Category of every patch, int64 ``[B, N]``; ``categories`` for the background, -100 where no one covers 60 %."""
     shares: Tensor
     """Shares of the categories in the visible object area, ``[B, categories]``; zeros where there is no object."""
     attention: Tensor
@@ -230,14 +230,17 @@ def targets(owner: Tensor, patch: int, categories: int) -> Targets:
     area = torch.zeros(batch, categories).scatter_add_(1, flat.clamp(min=0), (flat >= 0).float())
     covered = (tiles >= 0).float().sum(-1)
     return Targets(
-        patches=majority.where(clear & (majority >= 0), -100),
+        patches=torch.where(majority < 0, categories, majority).where(clear, -100),
         shares=area / area.sum(1, keepdim=True).clamp(min=1),
         attention=covered / covered.sum(1, keepdim=True).clamp(min=1),
     )
 
 
 class FormulaHead(nn.Module):
-    """One cosine classifier for class token and object patches, and an easier auxiliary task.
+    """One cosine classifier for class token and patches, and an easier auxiliary task.
+
+    The background is no direction of its own but the absence of all others: its logit is a learnt constant, so that
+    background patches must point away from every category.
 
     Hundreds of categories give hardly a gradient to an untrained network. The auxiliary linear layer names only the
     category's operator (one of seven) and gets learning off the ground; it is dropped with the head.
@@ -253,6 +256,7 @@ class FormulaHead(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(len(operator), dim) * dim**-0.5)
         self.log_scale = nn.Parameter(torch.tensor(math.log(12.0)))
+        self.background = nn.Parameter(torch.tensor(math.log(len(operator))))
         self.auxiliary = nn.Linear(dim, len(OPERATORS))
         self.register_buffer("operator", operator.clone(), persistent=False)
 
@@ -262,15 +266,15 @@ class FormulaHead(nn.Module):
         return scale * F.linear(F.normalize(tokens, dim=-1), F.normalize(self.weight, dim=-1))
 
 
-CLASS_WEIGHT, PATCH_WEIGHT, OPERATOR_WEIGHT, ATTENTION_WEIGHT = 1.0, 0.3, 0.25, 0.5
+CLASS_WEIGHT, PATCH_WEIGHT, OPERATOR_WEIGHT, ATTENTION_WEIGHT = 1.0, 1.0, 0.25, 0.5
 
 
 def formula_loss(head: FormulaHead, tokens: Tensor, attention: Tensor, wanted: Targets) -> dict[str, Tensor]:
     """Sum of four cross-entropies, and accuracies.
 
-    The class token names the categories (in the proportion of their areas), object patches name theirs, both also
-    name their operators; and the class token's attention in the last block is spread over the objects. The
-    background has no target of its own: it is where the class token does not look.
+    The class token names the categories (in the proportion of their areas), every patch its own or the background;
+    the class token and the patches on objects also name their operators; and the class token's attention in the last
+    block is spread over the objects.
 
     Args:
         head: The classifiers.
@@ -279,11 +283,14 @@ def formula_loss(head: FormulaHead, tokens: Tensor, attention: Tensor, wanted: T
         wanted: From `targets`.
     """
     of_class = head(tokens[:, 0])
-    things = wanted.patches >= 0
-    patches, names = tokens[:, 1:][things], wanted.patches[things]
+    known = wanted.patches >= 0
+    patches, names = tokens[:, 1:][known], wanted.patches[known]
     of_patches = head(patches)
+    of_patches = torch.cat([of_patches, head.background.expand(len(names), 1)], dim=-1)
     loss_class = -(wanted.shares * of_class.log_softmax(-1)).sum(-1).mean()
     loss_patch = F.cross_entropy(of_patches, names, reduction="sum") / max(len(names), 1)
+    things = names < wanted.shares.shape[1]
+    patches, of_patches, names = patches[things], of_patches[things], names[things]
     operators = wanted.shares @ F.one_hot(head.operator, len(OPERATORS)).to(wanted.shares.dtype)
     loss_operator = -(operators * head.auxiliary(tokens[:, 0]).log_softmax(-1)).sum(-1).mean()
     loss_operator = loss_operator + F.cross_entropy(

@@ -165,18 +165,32 @@ def test_targets_by_hand():
     owner[0, :4, :4] = 2  # one whole patch
     owner[0, :4, 4:6] = 1  # half a patch: unclear
     owner[0, 4:, :1] = 0  # a quarter of a patch: background prevails
-    patches, shares = targets(owner, 4, 3)
-    assert patches.tolist() == [[2, -100, 3, 3]]
-    torch.testing.assert_close(shares, torch.tensor([[4.0, 8.0, 16.0]]) / 28)
+    wanted = targets(owner, 4, 3)
+    assert wanted.patches.tolist() == [[2, -100, 3, 3]]
+    torch.testing.assert_close(wanted.shares, torch.tensor([[4.0, 8.0, 16.0]]) / 28)
+    torch.testing.assert_close(wanted.attention, torch.tensor([[16.0, 8.0, 4.0, 0.0]]) / 28)
 
 
-def test_class_token_of_an_empty_picture_has_no_target():
-    patches, shares = targets(torch.full((2, 8, 8), -1), 4, 3)
-    assert (patches == 3).all()
-    assert (shares == 0).all()
+def test_a_picture_without_objects_has_only_background():
+    wanted = targets(torch.full((2, 8, 8), -1), 4, 3)
+    assert (wanted.patches == 3).all()
     head = FormulaHead(16, torch.tensor([0, 1, 2]))
-    figures = formula_loss(head, torch.randn(2, 5, 16), patches, shares)
-    assert figures["loss_class"] == 0
+    figures = formula_loss(head, torch.randn(2, 5, 16), torch.full((2, 4), 0.25), wanted)
+    for name in ("loss_class", "loss_operator", "loss_attention"):
+        assert figures[name] == 0
+    assert figures["loss_patch"] > 0
+
+
+def test_attention_costs_least_on_the_objects():
+    owner = torch.full((1, 8, 8), -1)
+    owner[0, :4] = 0
+    head, tokens = FormulaHead(16, torch.tensor([0, 1])), torch.randn(1, 5, 16)
+    wanted = targets(owner, 4, 2)
+    maps = [[0.5, 0.5, 0, 0], [0.25, 0.25, 0.25, 0.25], [1, 0, 0, 0], [0, 0, 0.5, 0.5]]
+    costs = [formula_loss(head, tokens, torch.tensor([m]), wanted)["loss_attention"].item() for m in maps]
+    assert costs[0] == pytest.approx(math.log(2), abs=1e-4)
+    assert costs == sorted(costs[:2]) + costs[2:]
+    assert costs[0] < costs[1] < costs[2] < costs[3]
 
 
 def test_sinkhorn_uses_every_prototype_and_follows_the_scores():
@@ -235,7 +249,8 @@ def test_attention_row_is_the_one_of_the_network():
     torch.manual_seed(0)
     vit = build_backbone("shapes_vit_tiny", 32).eval()
     images = torch.randn(2, 3, 32, 48)
-    tokens, attention = tokens_and_attention(vit, images)
+    with torch.no_grad():
+        tokens, attention = tokens_and_attention(vit, images)
     assert attention.shape == (2, 24)
     with torch.no_grad():
         torch.testing.assert_close(tokens, vit.forward_features(images))
