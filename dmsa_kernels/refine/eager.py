@@ -12,6 +12,8 @@ Maths is in float32, or in float64 for float64 tensors.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -43,7 +45,7 @@ class _Padded:
         ]
         self.top = max(dy for dy, _ in self.shifts)
         self.left = max(dx for _, dx in self.shifts)
-        self.height, self.width = height, width
+        self.batch, self.height, self.width = batch, height, width
         self.buffer = torch.empty(
             (*batch, height + 2 * self.top, width + 2 * self.left), dtype=dtype, device=device
         )  # [..., H + 2 top, W + 2 left]
@@ -52,8 +54,9 @@ class _Padded:
 
     def rows(self, start: int, stop: int, dy: int = 0, dx: int = 0) -> Tensor:
         """View [..., stop - start, W] of the rows ``start:stop`` moved by (dy, dx)."""
-        top, left = self.top + start + dy, self.left + dx
-        return self.buffer[..., top : top + stop - start, left : left + self.width]
+        *strides, stride, _ = self.buffer.stride()
+        offset = (self.top + start + dy) * stride + self.left + dx
+        return self.buffer.as_strided((*self.batch, stop - start, self.width), (*strides, stride, 1), offset)
 
     def neighbours(self, start: int, stop: int) -> list[Tensor]:
         """The P views of the neighbours of the rows ``start:stop``, each [..., stop - start, W]."""
@@ -110,8 +113,9 @@ class _Guide:
     def deviation(self, start: int, stop: int) -> tuple[Tensor | None, Tensor]:
         """Mean and standard deviation, [b, K, rows, W], over the neighbourhoods of the rows (None and 1 for "none").
 
-        Two sweeps, the second around the mean of the first and corrected by its own sum: a mean that is rounded
-        leaves no trace in the variance, however large the values are beside their spread.
+        Centred at a pilot, the mean of the first dilation's eight neighbours. It is exact where they are equal, so a
+        constant neighbourhood gives exactly 0; and since it is the mean of 8 of the n samples, the term that corrects
+        for it is at most n / 8 times the variance, so little cancels.
         """
         centre = self.padded.rows(start, stop)
         if self.sigma == "none":
@@ -119,43 +123,53 @@ class _Guide:
         neighbours = self.padded.neighbours(start, stop)
         copies = sigma_centre_count(self.sigma, self.dilations)
         count = len(neighbours) + copies
-        mean = centre * copies
-        for neighbour in neighbours:
-            mean.add_(neighbour)
-        mean.div_(count)
-        step = centre - mean
+        pilot = neighbours[0] + neighbours[1]
+        for neighbour in neighbours[2:8]:
+            pilot.add_(neighbour)
+        pilot.div_(8)
+        step = centre - pilot
         linear = step * copies
         square = step.square().mul_(copies)
         for neighbour in neighbours:
-            torch.sub(neighbour, mean, out=step)
+            torch.sub(neighbour, pilot, out=step)
             square.addcmul_(step, step)
             linear.add_(step)
         correction = linear.div_(count)
         variance = square.addcmul_(correction, correction, value=-count).clamp_min_(0).div_(count - 1)
-        return mean.add_(correction), variance.sqrt_()
+        return pilot.add_(correction), variance.sqrt_()
 
     def inverse_scale(self, sigma: Tensor) -> Tensor:
         """``1 / (alpha * sigma + eps)``, in place of ``sigma``."""
         return sigma.mul_(self.alpha).add_(self.eps).reciprocal_()
 
-    def softmax(self, start: int, stop: int, inverse: Tensor, out: Tensor) -> Tensor:
-        """Write the softmax over neighbours into out [b, P, rows, W]; ``inverse`` is :meth:`inverse_scale`."""
+    def softmax(
+        self, start: int, stop: int, inverse: Tensor, out: Tensor, position: Tensor | None = None
+    ) -> Tensor:
+        """Write the softmax over neighbours into out [b, P, rows, W], plus ``position`` [1, P, 1, 1] if given.
+
+        ``inverse`` is :meth:`inverse_scale`.
+        """
         centre = self.padded.rows(start, stop)
-        channels = centre.shape[1]
+        scales = inverse.pow(self.exponent).div_(centre.shape[1]).unbind(1)
         step = torch.empty_like(inverse)
-        # The mean over channels goes into the scale, so that a score is a plain sum of squares (or magnitudes).
-        scale = inverse / channels ** (1 / self.exponent)
-        for p, neighbour in enumerate(self.padded.neighbours(start, stop)):
-            torch.sub(neighbour, centre, out=step).mul_(scale)
-            score = out[:, p]
+        magnitudes = step.unbind(1)
+        for score, neighbour in zip(out.unbind(1), self.padded.neighbours(start, stop), strict=True):
+            torch.sub(neighbour, centre, out=step)
             if self.exponent == 2:
-                torch.mul(step[:, 0], step[:, 0], out=score)
-                for k in range(1, channels):
-                    score.addcmul_(step[:, k], step[:, k])
+                step.square_()
             else:
-                torch.sum(step.abs_(), 1, out=score)
-        torch.sub(out.amin(1, keepdim=True), out, out=out).exp_()
-        return out.mul_(out.sum(1, keepdim=True).reciprocal_())
+                step.abs_()
+            torch.mul(magnitudes[0], scales[0], out=score)
+            for magnitude, scale in zip(magnitudes[1:], scales[1:], strict=True):
+                score.addcmul_(magnitude, scale)
+        # In bands of their own, since P planes are read several times and should stay in a cache.
+        for first, last in _bands(stop - start, out[:, :, 0].numel(), out.device):
+            band = out[:, :, first:last]
+            torch.sub(band.amin(1, keepdim=True), band, out=band).exp_()
+            band.mul_(band.sum(1, keepdim=True).reciprocal_())
+            if position is not None:
+                band.add_(position)
+        return out
 
     def images(self) -> int:
         return self.padded.buffer.shape[0]
@@ -192,9 +206,7 @@ def local_affinity(
             _, deviation = guide.deviation(start, stop)
             out = weights[chunk, :, start:stop]
             band = torch.empty_like(out, dtype=dtype) if fast else out
-            guide.softmax(start, stop, guide.inverse_scale(deviation), band)
-            if position_weight:
-                band.add_(position)
+            guide.softmax(start, stop, guide.inverse_scale(deviation), band, position if position_weight else None)
             if fast:
                 out.copy_(band)
     return weights
@@ -311,7 +323,7 @@ def _propagate_padded(weights: Tensor, masks: Tensor, dilations: list[int], num_
     """weights [b, P, H, W], masks and out [b, C, H, W]; as many planes at a time as the caches hold."""
     batch, classes, height, width = masks.shape
     dtype = _compute_dtype(weights, masks)
-    taps = [weights[:, p : p + 1].to(dtype) for p in range(weights.shape[1])]
+    taps = weights.to(dtype).unsqueeze(2).unbind(1)  # P times [b, 1, H, W]
     planes = max(1, _sweep_elements(masks.device) * 2 // (batch * height * width))
     for first in range(0, classes, planes):
         chunk = slice(first, min(classes, first + planes))
@@ -326,7 +338,7 @@ def _propagate_padded(weights: Tensor, masks: Tensor, dilations: list[int], num_
         out[:, chunk] = source.inner
 
 
-def _step(source: _Padded, taps: list[Tensor], out: Tensor) -> None:
+def _step(source: _Padded, taps: Sequence[Tensor], out: Tensor) -> None:
     """out <- sum_p taps[p] * neighbour_p of the filled ``source``."""
     torch.mul(source.views[0], taps[0], out=out)
     for neighbour, tap in zip(source.views[1:], taps[1:], strict=True):
@@ -395,7 +407,7 @@ def propagate_backward(
     grad_masks = torch.empty_like(masks) if need_masks else masks.new_empty(0)
     batch, classes, height, width = masks.shape
     for chunk in _image_chunks(masks):
-        taps = [weights[chunk, p : p + 1].to(dtype) for p in range(weights.shape[1])]
+        taps = weights[chunk].to(dtype).unsqueeze(2).unbind(1)
         rows = _image_count(chunk, batch) * height * width
         planes = 1 if need_weights else max(1, _sweep_elements(masks.device) * 2 // rows)
         for first in range(0, classes, planes):
@@ -420,7 +432,7 @@ def _image_count(chunk: slice, batch: int) -> int:
 
 
 def _history(
-    masks: Tensor, taps: list[Tensor], dilations: list[int], num_iter: int, dtype: torch.dtype
+    masks: Tensor, taps: Sequence[Tensor], dilations: list[int], num_iter: int, dtype: torch.dtype
 ) -> list[_Padded]:
     """The filled planes before each iteration; masks [b, c, H, W]."""
     planes = [_Padded(tuple(masks.shape), dilations, dtype, masks.device) for _ in range(num_iter)]
@@ -433,7 +445,7 @@ def _history(
     return planes
 
 
-def _transposed_step(grad: Tensor, taps: list[Tensor], dilations: list[int]) -> Tensor:
+def _transposed_step(grad: Tensor, taps: Sequence[Tensor], dilations: list[int]) -> Tensor:
     """Adjoint of one step: grad [b, c, H, W] is scattered to the neighbours it came from."""
     padded = _Padded(tuple(grad.shape), dilations, grad.dtype, grad.device)
     padded.buffer.zero_()
