@@ -142,9 +142,7 @@ class _Guide:
         """``1 / (alpha * sigma + eps)``, in place of ``sigma``."""
         return sigma.mul_(self.alpha).add_(self.eps).reciprocal_()
 
-    def softmax(
-        self, start: int, stop: int, inverse: Tensor, out: Tensor, position: Tensor | None = None
-    ) -> Tensor:
+    def softmax(self, start: int, stop: int, inverse: Tensor, out: Tensor, position: Tensor | None = None) -> Tensor:
         """Write the softmax over neighbours into out [b, P, rows, W], plus ``position`` [1, P, 1, 1] if given.
 
         ``inverse`` is :meth:`inverse_scale`.

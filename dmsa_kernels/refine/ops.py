@@ -61,7 +61,10 @@ def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
         x = x.float()
     if 0 in x.shape[:2]:
         return x.new_zeros((*x.shape[:2], *size)) + x.sum()  # interpolate refuses empty tensors
-    return F.interpolate(x, size=size, mode="bilinear", align_corners=True)
+    # Plane by plane: interpolate rounds differently with the number of channels and their memory format, and a batch
+    # must equal its images bit for bit.
+    planes = x.reshape(-1, 1, *x.shape[2:]).contiguous()
+    return F.interpolate(planes, size=size, mode="bilinear", align_corners=True).view(*x.shape[:2], *size)
 
 
 # --- the affinity
