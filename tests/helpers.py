@@ -95,7 +95,7 @@ def brute_affinity(image: Tensor, dilations: list[int], spec: AffinitySpec) -> T
 
 def brute_propagate(weights: Tensor, masks: Tensor, dilations: list[int], num_iter: int) -> Tensor:
     """The propagation written as loops over pixels; independent of the package."""
-    batch, classes, height, width = masks.shape
+    batch, _classes, height, width = masks.shape
     masks = masks.double()
     around = [(i * d, j * d) for d in dilations for i in (-1, 0, 1) for j in (-1, 0, 1) if (i, j) != (0, 0)]
     for _ in range(num_iter):

@@ -91,10 +91,7 @@ def test_gradients_equal_the_loop():
     grads = []
     for run in ("batch", "loop"):
         leaves = [image.clone().requires_grad_(), masks.clone().requires_grad_()]
-        if run == "batch":
-            out = refine(*leaves, DILATIONS, 3, valid_classes=valid)
-        else:
-            out = _loop(*leaves, valid, "eager")
+        out = refine(*leaves, DILATIONS, 3, valid_classes=valid) if run == "batch" else _loop(*leaves, valid, "eager")
         out.backward(seed)
         grads.append([leaf.grad for leaf in leaves])
     for actual, expected in zip(*grads, strict=True):
