@@ -65,10 +65,18 @@ def process_group(timeout_seconds: float = 1800.0) -> Iterator[torch.device]:
         yield device
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
+    timeout = datetime.timedelta(seconds=timeout_seconds)
     try:
+        store, number, processes = next(dist.rendezvous("env://", timeout=timeout))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            # One launcher restarts all processes on its own store, where the addresses of the dead ones still stand.
+            store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group(
             backend,
-            timeout=datetime.timedelta(seconds=timeout_seconds),
+            store=store,
+            rank=number,
+            world_size=processes,
+            timeout=timeout,
             device_id=device if device.type == "cuda" else None,
         )
     except (RuntimeError, ValueError) as error:
