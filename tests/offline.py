@@ -30,6 +30,7 @@ from collections.abc import Iterator
 MODULES = (
     "dmsa_kernels.refine.triton.affinity",
     "dmsa_kernels.refine.triton.propagate",
+    "dmsa_kernels.refine.triton.backward",
 )
 TARGETS = ("sm_90", "sm_80", "sm_86", "sm_89", "sm_100", "gfx942")
 
