@@ -9,9 +9,15 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from collections.abc import Callable, Hashable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from dmsa_kernels.refine.spec import AffinitySpec
+    from dmsa_kernels.tuning import Config
 
 BACKENDS = ("auto", "triton", "eager", "reference")
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -66,3 +72,73 @@ def resolve(backend: str, *tensors: Tensor) -> str:
         return "triton"
     on_gpu = all(tensor.device.type == "cuda" for tensor in tensors)
     return "triton" if reason is None and on_gpu and tensors else "eager"
+
+
+def warmup(
+    image: Tensor,
+    masks: Tensor,
+    dilations: Sequence[int],
+    num_iter: int,
+    *,
+    spec: str | AffinitySpec = "par",
+    precision: str = "exact",
+) -> dict[str, Config]:
+    """Compile the refinement's kernels for these shapes and measure their configurations, before training starts.
+
+    One call of a few seconds keeps compilation out of the first steps and out of CUDA graphs, where it is not allowed.
+    Later calls of any batch size, and of sizes in the same power-of-two bucket, use what was measured. Off the GPU
+    there is nothing to compile: the operators run once and an empty dictionary comes back.
+
+    Args:
+        image: guide ``[B, K, H, W]`` as in training.
+        masks: ``[B, C, H, W]``, the same size as the image.
+        dilations: as in training.
+        num_iter: iterations T as in training.
+        spec: as in :func:`dmsa_kernels.local_affinity`.
+        precision: ``"exact"`` or ``"fast"``.
+
+    Returns:
+        The configuration chosen for each measured kernel.
+    """
+    from dmsa_kernels import tuning
+    from dmsa_kernels.refine.functional import local_affinity, propagate
+
+    def run() -> None:
+        propagate(local_affinity(image, dilations, spec=spec, precision=precision), masks, num_iter)
+
+    run()
+    if resolve("auto", image, masks) != "triton":
+        return {}
+    from dmsa_kernels.refine.triton import affinity as affinity_kernels
+    from dmsa_kernels.refine.triton import propagate as propagate_kernels
+
+    neighbours = 8 * len(dilations)
+    pixels = image.shape[-2] * image.shape[-1]
+    width = tuning.plane_width(masks.shape[1], 2 if precision == "fast" else 4)
+    keys = {
+        "local_affinity_fwd": (affinity_kernels.tuning_key(neighbours, pixels), 4),
+        "propagate_fwd": (propagate_kernels.tuning_key(neighbours, pixels, width), width),
+    }
+    chosen = {}
+    for kernel, (key, width) in keys.items():
+
+        def measure(config: Config, kernel: str = kernel, key: Hashable = key) -> float:
+            tuning.remember(kernel, key, config)
+            return _milliseconds(run)
+
+        chosen[kernel] = tuning.tune(kernel, key, measure, neighbours=neighbours, width=width)
+    return chosen
+
+
+def _milliseconds(run: Callable[[], None], repeats: int = 5) -> float:
+    """Median time of ``run`` on the current GPU, after one call that compiles."""
+    run()
+    times = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return sorted(times)[repeats // 2]

@@ -22,3 +22,9 @@ def test_triton_on_cpu_tensors_says_why(monkeypatch):
 def test_double_is_not_for_triton(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert "float64" in why_not_triton(torch.zeros(1, dtype=torch.float64))
+
+
+def test_warmup_off_the_gpu_runs_once_and_measures_nothing():
+    from dmsa_kernels.backend import warmup
+
+    assert warmup(torch.rand(1, 3, 6, 6), torch.rand(1, 2, 6, 6), [1], 1) == {}

@@ -1,4 +1,3 @@
-# ruff: noqa: RUF005 (Triton concatenates tuples, it does not unpack them)
 """The gradients of propagation and affinity, without atomics: every sum has one writer and a fixed order.
 
 The transpose of an iteration is a gather as well: pixel ``s`` receives ``w_p(q) g(q)`` from the pixels ``q`` whose
@@ -71,10 +70,7 @@ def propagate_bwd_border_kernel(
             o_line = tl.where(i_side == 0, r, depth - 1 - r) * step_across
             for s in tl.static_range(3):
                 # neighbour (side, s - 1) of a row edge, (s - 1, side) of a column edge, in row-major order
-                if ROWS:
-                    tap = tl.where(i_side == 0, s, 5 + s)
-                else:
-                    tap = tl.where(i_side == 0, (0, 3, 5)[s], (2, 4, 7)[s])
+                tap = tl.where(i_side == 0, s, 5 + s) if ROWS else tl.where(i_side == 0, (0, 3, 5)[s], (2, 4, 7)[s])
                 o_q = o_along - (s - 1) * DILATIONS[i]
                 m_q = (o_q >= 0) & (o_q < length)
                 o_pixel = o_line + o_q * step_along
@@ -191,6 +187,19 @@ def propagate_bwd_weights_kernel(
         tl.store(p_out + j * plane, total, mask=m_pixel)
 
 
+@triton.jit
+def tap_gradient(
+    soft_ptr, grad_ptr, o_taps, m_taps, sample, centre, dot, inverse, inverse_channels, EXPONENT: tl.constexpr
+):
+    """Return the gradient ``[8, PIXELS]`` of eight samples with sigma held fixed, and their scaled differences."""
+    # [8, PIXELS]
+    soft = tl.load(soft_ptr + o_taps, mask=m_taps, other=0.0)
+    grad = tl.load(grad_ptr + o_taps, mask=m_taps, other=0.0).to(tl.float32)
+    u = (sample - centre[None, :]) * inverse[None, :]
+    slope = 2.0 * u if EXPONENT == 2 else tl.where(u > 0, 1.0, tl.where(u < 0, -1.0, 0.0))
+    return -soft * (grad - dot[None, :]) * inverse_channels * slope * inverse[None, :], u
+
+
 @triton.jit(do_not_specialize=["height", "width", "tiles_w", "tiles", "stride_image_n", "stride_image_h"])
 def local_affinity_bwd_kernel(
     image_ptr,  # [B, H, W], any strides: one channel
@@ -250,25 +259,25 @@ def local_affinity_bwd_kernel(
         p_image, o_y, o_x, height, width, stride_image_h, stride_image_w, DILATIONS, SIGMA
     )
     inverse = tl.div_rn(tl.full([PIXELS], 1.0, tl.float32), tl.fma(sigma, alpha, eps))
-    d_scale = tl.zeros([PIXELS], dtype=tl.float32)  # of alpha sigma + eps, times -1 / inverse
+    d_scale = tl.zeros([PIXELS], dtype=tl.float32)  # gradient of alpha sigma + eps
     d_centre = tl.zeros([PIXELS], dtype=tl.float32)
-    direct = ()
     for i in tl.static_range(D):
-        # [8, PIXELS]
-        soft = tl.load(soft_ptr + o_taps + i * 8 * plane, mask=m_taps, other=0.0)
-        grad = tl.load(grad_ptr + o_taps + i * 8 * plane, mask=m_taps, other=0.0).to(tl.float32)
-        d_score = soft * (grad - dot[None, :]) * inverse_channels
-        u = (samples[i] - centre[None, :]) * inverse[None, :]
-        if EXPONENT == 2:
-            slope = 2.0 * u
-        else:
-            slope = tl.where(u > 0, 1.0, tl.where(u < 0, -1.0, 0.0))
-        d_tap = -d_score * slope * inverse[None, :]
-        d_scale += tl.sum(d_score * slope * u, axis=0)
+        d_tap, u = tap_gradient(
+            soft_ptr,
+            grad_ptr,
+            o_taps + i * 8 * plane,
+            m_taps,
+            samples[i],
+            centre,
+            dot,
+            inverse,
+            inverse_channels,
+            EXPONENT,
+        )
+        d_scale -= tl.sum(d_tap * u, axis=0)
         d_centre -= tl.sum(d_tap, axis=0)
-        direct = direct + (d_tap,)
     if SIGMA != "none":
-        d_sigma = d_scale * inverse * alpha
+        d_sigma = d_scale * alpha
         flat = sigma == 0
         per_sample = tl.where(flat, 0.0, d_sigma / (tl.where(flat, 1.0, sigma) * (8 * D + CENTRES - 1)))
         # the centre's own sample is `centre`, 0 in the modes that count it
@@ -276,13 +285,26 @@ def local_affinity_bwd_kernel(
     else:
         per_sample = tl.zeros([PIXELS], dtype=tl.float32)
     for i in tl.static_range(D):
-        d_tap = direct[i] + per_sample[None, :] * (samples[i] - mean[None, :])
+        # computed again: kept, P more registers a thread would spill
+        d_tap, _ = tap_gradient(
+            soft_ptr,
+            grad_ptr,
+            o_taps + i * 8 * plane,
+            m_taps,
+            samples[i],
+            centre,
+            dot,
+            inverse,
+            inverse_channels,
+            EXPONENT,
+        )
+        d_tap += per_sample[None, :] * (samples[i] - mean[None, :])
         tl.store(taps_ptr + o_taps + i * 8 * plane, d_tap, mask=m_taps)
     tl.store(centre_ptr + i_n * plane + o_y * width + o_x, d_centre, mask=m_pixel)
 
 
 def borders(planes: Tensor, weights: Tensor, dilations: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Return what clamping adds to the border pixels: rows ``[n, groups, 2, W, width]`` and columns ``[..., H, width]``.
+    """Return what clamping adds to border pixels: rows ``[n, groups, 2, W, width]`` and columns ``[..., H, width]``.
 
     Args:
         planes: the incoming gradient, ``[n, groups, H, W, width]`` fp32.

@@ -302,9 +302,9 @@ def chunks(weights: Tensor, channels: int, width: int, itemsize: int) -> tuple[i
     return images, min(groups * width, channels)
 
 
-def tuning_key(neighbours: int, pixels: int, channels: int, width: int) -> tuple[int, int, int, int]:
+def tuning_key(neighbours: int, pixels: int, width: int) -> tuple[int, int, int]:
     """Return the bucketed shape under which a measured configuration is kept; the batch size is not part of it."""
-    return neighbours, tuning.bucket(pixels), tuning.bucket(channels), width
+    return neighbours, tuning.bucket(pixels), width
 
 
 def is_plane(masks: Tensor, valid: Tensor | None, width: int, dtype: torch.dtype) -> bool:
@@ -390,7 +390,7 @@ def step(
     """
     count, groups, rows, columns, width = planes.shape
     neighbours = weights.shape[1]
-    config = tuning.select("propagate_fwd", tuning_key(neighbours, rows * columns, channels, width))
+    config = tuning.select("propagate_fwd", tuning_key(neighbours, rows * columns, width))
     tiles_w = triton.cdiv(columns, config.block_w)
     tiles = tiles_w * triton.cdiv(rows, config.block_h)
     # weights are read once a program, so split the channels over programs only as far as the device needs work
@@ -587,10 +587,12 @@ def offline_cases() -> Iterator[tuning.OfflineCase]:
                 propagate_copy_kernel,
                 {"masks_ptr": masks, "planes_ptr": planes, "valid_ptr": "*u8"},
                 {"stride_masks_w": 1, "PACK": packing} | flags,
+                every_target=masks == "*fp32",
             )
         yield tuning.OfflineCase(
             f"propagate_labels {planes[1:]}->{masks[1:]}",
             propagate_labels_kernel,
             {"planes_ptr": planes, "valid_ptr": "*u8", "labels_ptr": "*i64", "values_ptr": masks},
             flags,
+            every_target=masks == "*fp32",
         )

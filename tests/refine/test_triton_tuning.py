@@ -1,0 +1,76 @@
+"""Launch configurations and chunk plans: pure functions, no Triton."""
+
+from __future__ import annotations
+
+import pytest
+
+from dmsa_kernels import tuning
+
+
+def test_lists_are_short_and_keep_their_default():
+    for kernel, candidates in tuning._CONFIGS.items():
+        assert len(set(candidates)) == len(candidates) <= tuning.MAX_CONFIGS
+        for neighbours in (8, 48, 64, 200):
+            assert tuning.configs(kernel, neighbours=neighbours)[0] == candidates[0]
+    with pytest.raises(ValueError, match="no configurations"):
+        tuning.configs("nothing", neighbours=8)
+
+
+def test_long_lists_lose_the_tiles_that_would_spill():
+    few = tuning.configs("propagate_fwd", neighbours=8)
+    many = tuning.configs("propagate_fwd", neighbours=64)
+    assert set(many) < set(few)
+    assert set(tuning.configs("propagate_fwd", neighbours=48, width=8)) < set(
+        tuning.configs("propagate_fwd", neighbours=48)
+    )
+
+
+def test_measured_configuration_is_kept_for_its_bucket_alone(monkeypatch):
+    monkeypatch.setattr(tuning, "_CHOSEN", {})
+    wanted = tuning.configs("propagate_fwd", neighbours=16)[-1]
+    cost = {wanted: 1.0}
+    key = (16, tuning.bucket(1000))
+    assert tuning.tune("propagate_fwd", key, lambda c: cost.get(c, 2.0), neighbours=16) == wanted
+    assert tuning.select("propagate_fwd", (16, tuning.bucket(900))) == wanted
+    assert tuning.select("propagate_fwd", (16, tuning.bucket(2000))) != wanted
+    # the second call measures nothing
+    assert tuning.tune("propagate_fwd", key, lambda c: pytest.fail("measured again"), neighbours=16) == wanted
+
+
+@pytest.mark.parametrize(
+    ("channels", "itemsize", "width"),
+    [(1, 4, 1), (2, 4, 2), (3, 4, 1), (4, 4, 4), (6, 4, 2), (21, 4, 4), (81, 4, 4), (21, 2, 8), (2, 2, 2)],
+)
+def test_planes_waste_little(channels, itemsize, width):
+    assert tuning.plane_width(channels, itemsize) == width
+
+
+def chunk(batch, channels, height, width, neighbours):
+    side = tuning.plane_width(channels, 4)
+    pixels = height * width
+    groups = -(-channels // side)
+    plan = tuning.plan_chunks(batch, groups, 4 * side * pixels, 4 * neighbours * pixels, pixels * neighbours * side)
+    return plan, groups
+
+
+def test_small_work_is_one_chunk():
+    plan, groups = chunk(1, 3, 256, 256, 48)
+    assert plan == (1, groups)
+
+
+@pytest.mark.parametrize(("channels", "height", "width", "neighbours"), [(1281, 512, 683, 16), (6, 6000, 6000, 24)])
+def test_buffers_hold_at_most_one_copy_of_large_masks(channels, height, width, neighbours):
+    (images, count), groups = chunk(1, channels, height, width, neighbours)
+    assert 2 * images * count <= groups + 1
+
+
+@pytest.mark.parametrize("batch", [1, 2, 32])
+@pytest.mark.parametrize("channels", [1, 21, 150])
+def test_chunks_are_never_empty(batch, channels):
+    (images, count), groups = chunk(batch, channels, 160, 160, 48)
+    assert 1 <= images <= batch
+    assert 1 <= count <= groups
+
+
+def test_empty_work_has_a_plan():
+    assert tuning.plan_chunks(0, 3, 16, 16, 16) == (1, 1)

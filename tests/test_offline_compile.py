@@ -1,0 +1,94 @@
+"""Every kernel compiles for GPUs that are not there, without a register spill on NVIDIA's."""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from dmsa_kernels import tuning
+from tests import offline
+
+pytest.importorskip("triton", reason="the offline compiler is Triton")
+WORKERS = 2
+
+USAGE = "Function f:\n  REG:48 STACK:8 SHARED:1024 LOCAL:0 CONSTANT[0]:648\n"
+SASS = """
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+        /*0010*/              @!P0 LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0020*/                   LDG.E R8, desc[UR4][R2.64+0x10] ;
+        /*0030*/             @!UP1 LDG.E.U16.CONSTANT R9, desc[UR4][R2.64+0x20] ;
+        /*0040*/                   STL.64 [R1], R4 ;
+        /*0050*/                   LDL R4, [R1] ;
+"""
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory) -> list[dict]:
+    """Compile everything in processes of their own: under TRITON_INTERPRET this process has interpreted kernels."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", "tests.offline", "--share", f"{index}/{WORKERS}"],
+            cwd=pathlib.Path(__file__).parents[1],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(WORKERS)
+    ]
+    found = []
+    for process in processes:
+        out, err = process.communicate()
+        assert process.returncode == 0, err[-4000:]
+        found += [json.loads(line) for line in out.splitlines()]
+    return found
+
+
+def test_no_kernel_spills(reports):
+    spilling = [
+        f"{r['case']} on {r['target']}: {r['registers']} registers, {r['stack']} bytes of stack, {r['spills']} spills"
+        for r in reports
+        if r["target"].startswith("sm_") and (r["stack"] or r["local"] or r["spills"])
+    ]
+    assert not spilling, "\n".join(spilling)
+
+
+def test_every_target_is_compiled(reports):
+    targets = collections.Counter(r["target"] for r in reports)
+    assert set(targets) == set(offline.TARGETS)
+    assert all(count >= 15 for count in targets.values()), targets
+
+
+def test_every_configuration_is_compiled(reports):
+    compiled = [r["case"] for r in reports if r["target"] == "sm_90"]
+    for kernel, candidates in tuning._CONFIGS.items():
+        for config in candidates:
+            assert any(kernel in case and str(config) in case for case in compiled), (kernel, config)
+
+
+def test_taps_are_loaded_sixteen_bytes_at_a_time(reports):
+    for report in reports:
+        if report["case"].startswith(("propagate_fwd exact (", "propagate_fwd fast (")) and "sm_" in report["target"]:
+            taps = 8 * (report["case"].split("(")[1].split(")")[0].rstrip(",").count(",") + 1)
+            assert report["loads"].get("128", 0) >= taps, report
+
+
+def test_usage_is_parsed():
+    assert offline.parse_usage(USAGE) == {"registers": 48, "stack": 8, "shared": 1024, "local": 0}
+    with pytest.raises(ValueError, match="no resource usage"):
+        offline.parse_usage("")
+
+
+def test_disassembly_is_parsed():
+    opcodes = offline.parse_instructions(SASS)
+    assert sum(opcodes.values()) == 6
+    assert offline.load_widths(opcodes) == {"16": 1, "32": 1, "128": 1}
+    assert offline.spills(opcodes) == 2
