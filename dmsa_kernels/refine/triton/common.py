@@ -16,16 +16,15 @@ TAP_X = tl.constexpr((-1, 0, 1, -1, 1, -1, 0, 1))
 LAUNCH = {"enable_fp_fusion": True}
 
 _INT32_MAX = 2**31 - 1
-# Tiles overrun the map by less than this many elements in a direction, before the mask applies.
-_TILE_OVERRUN = 4096
+# A flat block of pixels ends at most this far beyond its plane, before the mask applies.
+_OVERRUN = 4096
 
 
 def needs_int64(*tensors: Tensor) -> bool:
     """Return whether an offset into one of ``tensors`` can leave 32 bits; meta tensors do."""
     for tensor in tensors:
         reach = sum((size - 1) * abs(stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        overrun = _TILE_OVERRUN * max((abs(stride) for stride in tensor.stride()[-2:]), default=1)
-        if tensor.numel() and reach + overrun > _INT32_MAX:
+        if tensor.numel() and reach + _OVERRUN > _INT32_MAX:
             return True
     return False
 
