@@ -274,7 +274,7 @@ def main() -> None:
         cost = statistics.median(a / b for a, b in times)
         print(f"{len(some)} maps by one backward pass per class, {name}, cost {cost:.1f} plain forward passes")
     full = device.type == "cuda"
-    config, pictures = bank_config(full), Pictures(64 if full else 8, 0)
+    config, pictures = bank_config(full), Pictures(64 if full else 2, 0)
     once = functools.partial(bank_at_once, config, device, pictures)
     (gain,) = ratios(once, [functools.partial(bank_by_loop, config, device, pictures)], device, 3)
     what = f"{config.model.encoder}, {config.data.size} px, {pictures.images} images, {len(once())} crops"
