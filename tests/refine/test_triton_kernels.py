@@ -215,24 +215,23 @@ def test_chunks_are_exact(kernels, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("channels", "shape", "use_valid"), [(1, (6, 7), False), (5, (6, 7), True), (3, (2, 9), False), (2, (1, 1), False)]
+    ("channels", "shape", "use_valid"), [(1, (6, 7), False), (4, (5, 6), True), (3, (2, 5), False), (2, (1, 1), False)]
 )
 def test_propagate_backward(kernels, channels, shape, use_valid):
-    dilations = [1, 2, 5]
-    weights = reference.local_affinity(rand(2, 3, *shape), dilations, fast=False, **constants(LCM))
-    masks = strided(rand(2, channels, *shape, seed=1), "sliced")
-    grad = rand(1, 1, 1, 1).expand(2, channels, *shape) if channels == 3 else rand(2, channels, *shape, seed=2)
-    valid = rand(2, channels, seed=3) > 0.4 if use_valid else None
+    dilations, batch = [1, 4], 2 if use_valid else 1
+    weights = reference.local_affinity(rand(batch, 3, *shape), dilations, fast=False, **constants(LCM))
+    masks = strided(rand(batch, channels, *shape, seed=1), "sliced")
+    grad = rand(1, 1, 1, 1).expand(masks.shape) if channels == 3 else rand(*masks.shape, seed=2)
+    valid = rand(batch, channels, seed=3) > 0.4 if use_valid else None
     needed = {"need_weights": True, "need_masks": True}
-    arguments = (dilations, 3, valid)
+    arguments = (dilations, 2, valid)
     got = kernels[2].propagate_backward(grad, weights, masks, *arguments, **needed)
     double = (grad.double(), weights.double(), masks.double())
     exact = reference.propagate_backward(*double, *arguments, **needed)
     low = eager.propagate_backward(grad, weights, masks, *arguments, **needed)
     for a, b, c in zip(got, exact, low, strict=True):
-        close(a, b, c, 2)
-    again = kernels[2].propagate_backward(grad, weights, masks, *arguments, **needed)
-    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
+        close(a, b, c, 1)
+    # the same bits again, and without the other gradient
     only = kernels[2].propagate_backward(grad, weights, masks, *arguments, need_weights=False, need_masks=True)
     assert only[0].numel() == 0
     assert torch.equal(only[1], got[1])
@@ -240,11 +239,11 @@ def test_propagate_backward(kernels, channels, shape, use_valid):
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_affinity_backward(kernels, spec):
-    image = strided(rand(1, 2, 6, 9), "channels_last")
+    image = strided(rand(1, 2, 5, 7), "channels_last")
     image[..., :3] = 0.5
-    grad = rand(1, 16, 6, 9, seed=1)
-    got = kernels[2].local_affinity_backward(grad, image, [1, 4], **constants(spec))
-    exact = reference.local_affinity_backward(grad, image.double(), [1, 4], **constants(spec))
+    grad = rand(1, 16, 5, 7, seed=1)
+    got = kernels[2].local_affinity_backward(grad, image, [1, 3], **constants(spec))
+    exact = reference.local_affinity_backward(grad, image.double(), [1, 3], **constants(spec))
     assert exact.isfinite().all()
     relative = (got.double() - exact).norm() / exact.norm()
     assert relative <= 3e-6, relative
