@@ -303,6 +303,11 @@ def local_affinity_bwd_kernel(
     tl.store(centre_ptr + i_n * plane + o_y * width + o_x, d_centre, mask=m_pixel)
 
 
+def affinity_warps(dilations: tuple[int, ...]) -> int:
+    """Return the warps of an affinity gradient's tile: two threads share a pixel whose samples would spill from one."""
+    return 8 if len(dilations) > 3 else 4
+
+
 def borders(planes: Tensor, weights: Tensor, dilations: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Return what clamping adds to border pixels: rows ``[n, groups, 2, W, width]`` and columns ``[..., H, width]``.
 
@@ -494,7 +499,7 @@ def local_affinity_backward(
                 INT64=needs_int64(plane, soft, grad_weights),
                 BLOCK_H=TILE[0],
                 BLOCK_W=TILE[1],
-                num_warps=4,
+                num_warps=affinity_warps(dilations),
                 **LAUNCH,
             )
             transpose(ones, taps, gathered, dilations, 1, None)
@@ -546,5 +551,6 @@ def offline_cases() -> Iterator[tuning.OfflineCase]:
                         "BLOCK_H": TILE[0],
                         "BLOCK_W": TILE[1],
                     },
+                    num_warps=affinity_warps(dilations),
                     every_target=longest and image == "*fp32",
                 )
