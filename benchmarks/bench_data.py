@@ -11,6 +11,7 @@ repeats; it is not printed when the results differ.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import statistics
 import tempfile
@@ -19,10 +20,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from PIL import Image
 
+from benchmarks.harness import Candidate, Row
 from dmsa.config import DataConfig
 from dmsa.data import build
 from dmsa.data.base import SegmentationData, label_lookup, map_label, table
@@ -106,56 +107,118 @@ def synthetic_masks(images: int) -> tuple[np.ndarray, np.ndarray]:
 
 def evaluation_speed(images: int, repeats: int) -> tuple[float, bool]:
     """Return how many times faster the histogram is than the plain way, and whether the two are equal."""
-    mapping = {int(k): v for k, v in table("coco80")["stuffthingmap_id_to_contiguous"].items()}
-    lut = label_lookup(mapping)
-    predictions, labels = synthetic_masks(images)
-    results: dict[str, np.ndarray] = {}
+    predictions, labels = (torch.from_numpy(x) for x in synthetic_masks(images))
+    results: dict[str, torch.Tensor] = {}
 
     def ours() -> None:
-        histogram = Histogram(CLASSES)
-        for pred, ids in zip(predictions, labels, strict=True):
-            histogram.update(pred, map_label(ids, lut, "synthetic"))
-        results["ours"] = histogram.reduce()
+        results["ours"] = histogram_at_once(predictions, labels)
 
     def plainly() -> None:
-        to_class = np.vectorize({**mapping, 255: 255}.__getitem__)
-        counts = np.zeros((CLASSES, CLASSES), dtype=np.int64)
-        for pred, ids in zip(predictions, labels, strict=True):
-            label = to_class(ids)
-            valid = label < CLASSES
-            pairs = CLASSES * label[valid] + pred[valid]
-            counts += np.bincount(pairs, minlength=CLASSES**2).reshape(CLASSES, CLASSES)
-        results["plain"] = counts
+        results["plain"] = histogram_by_numpy(predictions, labels)
 
     mine, theirs = interleaved(ours, plainly, repeats=repeats)
     ratio = statistics.median(b / a for a, b in zip(mine, theirs, strict=True))
-    return ratio, bool(np.array_equal(results["ours"], results["plain"]))
+    return ratio, torch.equal(results["ours"], results["plain"])
 
 
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of 32 photographs with masks."""
-    root = tmp_path_factory.mktemp("photos")
-    write_photos(root, 32, labels=True)
-    return root
+@functools.cache
+def photos(count: int) -> tuple[tempfile.TemporaryDirectory, Path]:
+    """Return a folder of photographs with masks, and the handle that deletes it at the end of the process."""
+    handle = tempfile.TemporaryDirectory()
+    write_photos(Path(handle.name), count, labels=True)
+    return handle, Path(handle.name)
 
 
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_samples(benchmark, photos, split):
-    """Samples of 32 photographs."""
-    data = build(DataConfig(name="folder", root=str(photos)), split)
-    benchmark(samples, data)
+def one_thread(data: SegmentationData, work: Callable[[], None]) -> torch.Tensor:
+    """Do the work on one thread, as a loader's worker does, and return the number of images."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        work()
+    finally:
+        torch.set_num_threads(threads)
+    return torch.tensor([float(data.images)])
 
 
-def test_plain_decode_and_resize(benchmark, photos):
-    """Decode and resize of the same photographs, nothing else."""
-    benchmark(plain, build(DataConfig(name="folder", root=str(photos)), "train"), 160)
+def histogram_by_numpy(predictions: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """One label map through `np.vectorize` of a dict and one `np.bincount` for each image."""
+    mapping = {int(k): v for k, v in table("coco80")["stuffthingmap_id_to_contiguous"].items()}
+    to_class = np.vectorize({**mapping, 255: 255}.__getitem__)
+    counts = np.zeros((CLASSES, CLASSES), dtype=np.int64)
+    for pred, ids in zip(predictions.numpy(), labels.numpy(), strict=True):
+        label = to_class(ids)
+        valid = label < CLASSES
+        pairs = CLASSES * label[valid] + pred[valid]
+        counts += np.bincount(pairs, minlength=CLASSES**2).reshape(CLASSES, CLASSES)
+    return torch.from_numpy(counts)
 
 
-def test_histogram_of_one_image(benchmark):
-    """One 320 x 320 prediction of 81 classes."""
-    predictions, _ = synthetic_masks(1)
-    benchmark(Histogram(CLASSES).update, predictions[0], predictions[0])
+def histogram_at_once(predictions: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The evaluator's histogram."""
+    lut = label_lookup({int(k): v for k, v in table("coco80")["stuffthingmap_id_to_contiguous"].items()})
+    histogram = Histogram(CLASSES)
+    for pred, ids in zip(predictions.numpy(), labels.numpy(), strict=True):
+        histogram.update(pred, map_label(ids, lut, "synthetic"))
+    return torch.from_numpy(np.asarray(histogram.reduce()))
+
+
+def rows(device: torch.device, *, full: bool) -> list[Row]:
+    """Loading for training and for evaluation, and the histogram; on the host whatever the device."""
+    count, masks = (32, 100) if full else (12, 4)
+
+    def loading(split: str) -> Row:
+        def inputs(_: torch.device, seed: int) -> tuple[SegmentationData]:
+            return (build(DataConfig(name="folder", root=str(photos(count)[1])), split),)
+
+        def ours(data: SegmentationData) -> torch.Tensor:
+            return one_thread(data, lambda: samples(data))
+
+        def theirs(data: SegmentationData) -> torch.Tensor:
+            side = 160 if split == "train" else 320
+            return one_thread(data, lambda: plain(data, side))
+
+        return Row(
+            family="data",
+            workload="loading",
+            variant=split,
+            dtype="uint8",
+            shape=f"{count} JPEGs of 640x480",
+            inputs=inputs,
+            candidates=(
+                Candidate("ours", ours, ours=True),
+                Candidate("plain decode and resize", theirs),
+            ),
+            reference=lambda data: torch.tensor([float(count)]),
+            items=count,
+            scaled_from="" if full else "32 JPEGs of 640x480",
+        )
+
+    def maps(_: torch.device, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        predictions, labels = synthetic_masks(masks)
+        return torch.from_numpy(predictions), torch.from_numpy(labels)
+
+    histogram = Row(
+        family="data",
+        workload="histogram",
+        variant="81 classes",
+        dtype="uint8",
+        shape=f"{masks},320,320",
+        inputs=maps,
+        candidates=(
+            Candidate("ours", histogram_at_once, ours=True),
+            Candidate("np.vectorize and np.bincount", histogram_by_numpy),
+        ),
+        reference=histogram_by_numpy,
+        tolerance=0.0,
+        items=masks,
+        scaled_from="" if full else "100,320,320",
+    )
+    return [loading("train"), loading("val"), histogram]
+
+
+def test_data(measure, row):
+    """Every workload through the harness."""
+    measure(row)
 
 
 def main() -> None:
