@@ -62,6 +62,17 @@ def materialising(image: Tensor, masks: Tensor, dilations: Sequence[int], num_it
     return masks
 
 
+def materialising_by_chunks(
+    image: Tensor, masks: Tensor, dilations: Sequence[int], num_iter: int, spec: str, chunk: int = 30
+) -> Tensor:
+    """`materialising`, so many classes at a time: what open-vocabulary code does where all of them do not fit.
+
+    Every chunk computes the affinity again, as the module that such code calls in a loop does.
+    """
+    parts = [materialising(image, part, dilations, num_iter, spec) for part in masks.split(chunk, 1)]
+    return torch.cat(parts, 1)
+
+
 def _slices(x: Tensor, dilations: Sequence[int]) -> list[Tensor]:
     height, width = x.shape[2:]
     views = []

@@ -16,10 +16,19 @@ from torch import Tensor
 
 from benchmarks import baselines, cases
 from benchmarks.harness import Candidate, Row
+from dmsa_kernels.backend import warmup
 from dmsa_kernels.refine import local_affinity, propagate, refine
 
-# Absolute bound of the issue, on scores in [0, 1]; "fast" rounds the affinity to 11 bits in every iteration.
+# Absolute bounds on scores in [0, 1]; "fast" rounds the affinity to 11 bits in every iteration.
 EXACT, FAST = 2e-6, 1e-2
+# Share of pixels whose label may differ from the reference's: random scores have near-ties.
+LABELS = 1e-3
+# Weights from which on only a corner of the map is checked against the reference, and the side of that corner.
+LARGE, CORNER = 400_000_000, 512
+COMPILED_ON_CPU = ("afa_train", "classes21")
+LABEL_CASES = ("openvoc_voc", "openvoc_ade847")
+GRADIENT_CASES = ("afa_train", "dmsa_voc")
+HALF_CASES = ("dmsa_coco", "openvoc_ade")
 
 
 def _inputs(case: cases.RefineCase, device: torch.device, seed: int) -> tuple[Tensor, Tensor]:
@@ -34,47 +43,85 @@ def _inputs(case: cases.RefineCase, device: torch.device, seed: int) -> tuple[Te
 
 
 def _reference(image: Tensor, masks: Tensor, case: cases.RefineCase) -> Tensor:
-    return refine(
-        image.double(), masks.double(), case.dilations, case.num_iter, spec=case.spec, backend="eager"
-    ).float()
+    """The padded slices in double precision; of a very large map its corner, with what that depends on.
+
+    Not our own code, so that a mistake in all of it shows.
+    """
+    sides = [min(side, _kept(case) + case.num_iter * max(case.dilations)) for side in (case.height, case.width)]
+    image, masks = (x[:, :, : sides[0], : sides[1]].double() for x in (image, masks))
+    result = baselines.padded_slices(image, masks, case.dilations, case.num_iter, case.spec)
+    return result[:, :, : _kept(case), : _kept(case)].float()
+
+
+def _kept(case: cases.RefineCase) -> int:
+    """Rows and columns that are compared."""
+    return CORNER if case.pixels * case.neighbours > LARGE else max(case.height, case.width)
 
 
 def _absolute(result: Tensor, expected: Tensor) -> float:
-    difference = (result.double() - expected.double()).abs().max()
+    height, width = expected.shape[-2:]
+    difference = (result[..., :height, :width].double() - expected.double()).abs().max()
     return float(difference.nan_to_num(nan=float("inf")))
 
 
-def _refine_row(case: cases.RefineCase, scaled_from: str) -> Row:
+def refine_row(case: cases.RefineCase, scaled_from: str, full: bool, dtype: torch.dtype = torch.float32) -> Row:
     arguments = (case.dilations, case.num_iter, case.spec)
     keywords = {"dilations": case.dilations, "num_iter": case.num_iter, "spec": case.spec}
     large = case.materialised_bytes()
+    masks_bytes = 4 * case.pixels * case.classes
+    weights_bytes = 4 * case.pixels * case.neighbours
 
     def compiled(image: Tensor, masks: Tensor) -> Tensor:
-        return baselines.compiled_padded_slices()(image, masks, *arguments)
+        return baselines.compiled_padded_slices()(image, masks.float(), *arguments)
 
+    def inputs(device: torch.device, seed: int) -> tuple[Tensor, Tensor]:
+        image, masks = _inputs(case, device, seed)
+        return image, masks.to(dtype)
+
+    chunks = Candidate(
+        "materialising, 30 classes at a time",
+        lambda image, masks: baselines.materialising_by_chunks(image, masks.float(), *arguments),
+        peak_bytes=3 * large * min(30, case.classes) // max(case.classes, 1) + 2 * masks_bytes,
+    )
+    # The compiler takes minutes a row on a CPU; the rows of the CPU path's targets have it.
+    skip_compiled = None if full or case.name in COMPILED_ON_CPU else "on a CPU only compiled at the target rows"
+    rounding = {torch.float32: 0.0, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}[dtype]
     return Row(
         family="refine",
         workload=case.name,
         variant="refine",
-        dtype="float32",
+        dtype=str(dtype).removeprefix("torch."),
         shape=",".join(map(str, case.shape)),
-        inputs=functools.partial(_inputs, case),
+        inputs=inputs,
         candidates=(
-            Candidate("ours", functools.partial(refine, **keywords), ours=True),
-            Candidate("ours, fast", functools.partial(refine, precision="fast", **keywords), ours=True, tolerance=FAST),
+            *(
+                Candidate(
+                    name,
+                    functools.partial(refine, precision=precision, **keywords),
+                    tune=functools.partial(warmup, precision=precision, **keywords),
+                    ours=True,
+                    tolerance=tolerance,
+                )
+                for name, precision, tolerance in (("ours", "exact", None), ("ours, fast", "fast", FAST))
+            ),
             Candidate(
                 "materialising",
-                lambda image, masks: baselines.materialising(image, masks, *arguments),
+                lambda image, masks: baselines.materialising(image, masks.float(), *arguments),
                 peak_bytes=3 * large,
             ),
-            Candidate("padded slices", lambda image, masks: baselines.padded_slices(image, masks, *arguments)),
-            Candidate("torch.compile(padded slices)", compiled, compiled=True),
+            *([chunks] if case.classes > 30 else []),
+            Candidate(
+                "padded slices",
+                lambda image, masks: baselines.padded_slices(image, masks.float(), *arguments),
+                peak_bytes=5 * masks_bytes + 4 * weights_bytes,
+            ),
+            Candidate("torch.compile(padded slices)", compiled, compiled=True, why_not=skip_compiled),
         ),
         reference=functools.partial(_reference, case=case),
-        tolerance=EXACT,
+        tolerance=EXACT + 2 * rounding,
         error=_absolute,
-        floor_bytes=case.floor_bytes(),
-        cache_bytes=case.cache_bytes(),
+        floor_bytes=case.floor_bytes(dtype.itemsize),
+        cache_bytes=case.cache_bytes(dtype.itemsize),
         operations=case.operations,
         items=case.batch,
         scaled_from=scaled_from,
@@ -117,16 +164,102 @@ def _shared_affinity_row(case: cases.RefineCase) -> Row:
     )
 
 
-def rows(device: torch.device, full: bool) -> list[Row]:
+def _labels_row(case: cases.RefineCase, scaled_from: str) -> Row:
+    """Labels without a second copy of the planes, against planes and argmax."""
+    arguments = (case.dilations, case.num_iter, case.spec)
+
+    def ours(image: Tensor, masks: Tensor) -> Tensor:
+        return refine(image, masks, case.dilations, case.num_iter, spec=case.spec, return_labels=True)[0]
+
+    return Row(
+        family="refine",
+        workload=case.name,
+        variant="labels",
+        dtype="float32",
+        shape=",".join(map(str, case.shape)),
+        inputs=functools.partial(_inputs, case),
+        candidates=(
+            Candidate("ours", ours, ours=True),
+            Candidate(
+                "materialising",
+                lambda image, masks: baselines.materialising(image, masks, *arguments).argmax(1),
+                peak_bytes=3 * case.materialised_bytes(),
+            ),
+            Candidate(
+                "padded slices", lambda image, masks: baselines.padded_slices(image, masks, *arguments).argmax(1)
+            ),
+        ),
+        reference=lambda image, masks: _reference(image, masks, case).argmax(1),
+        tolerance=LABELS,
+        scaled_from=scaled_from,
+    )
+
+
+def _gradient_row(case: cases.RefineCase, scaled_from: str) -> Row:
+    """Forward and the gradients of masks and image, as Box2Mask's and PAR's differentiable uses need them."""
+    arguments = (case.dilations, case.num_iter, case.spec)
+
+    def inputs(device: torch.device, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        image, masks = _inputs(case, device, seed)
+        return image, masks, torch.linspace(-1, 1, case.width, device=device).expand_as(masks)
+
+    def gradients(run):
+        def call(image: Tensor, masks: Tensor, upstream: Tensor) -> tuple[Tensor, ...]:
+            leaves = [image.detach().requires_grad_(), masks.detach().requires_grad_()]
+            with torch.enable_grad():
+                out = run(*leaves, *arguments)
+                return (out.detach(), *torch.autograd.grad(out, leaves, upstream.to(out.dtype)))
+
+        return call
+
+    def ours(image: Tensor, masks: Tensor, dilations: tuple[int, ...], num_iter: int, spec: str) -> Tensor:
+        return refine(image, masks, dilations, num_iter, spec=spec)
+
+    def reference(image: Tensor, masks: Tensor, upstream: Tensor) -> tuple[Tensor, ...]:
+        return gradients(baselines.padded_slices)(image.double(), masks.double(), upstream)
+
+    # Autograd keeps the neighbours of every iteration.
+    kept = case.num_iter * case.materialised_bytes()
+    return Row(
+        family="refine",
+        workload=case.name,
+        variant="forward+backward",
+        dtype="float32",
+        shape=",".join(map(str, case.shape)),
+        inputs=inputs,
+        candidates=(
+            Candidate("ours", gradients(ours), ours=True),
+            Candidate("materialising", gradients(baselines.materialising), peak_bytes=kept),
+            Candidate("padded slices", gradients(baselines.padded_slices), peak_bytes=kept),
+        ),
+        reference=reference,
+        # The gradient of the image passes the reciprocal of small deviations.
+        tolerance=3e-4,
+        scaled_from=scaled_from,
+        launch_bound=case.launch_bound,
+    )
+
+
+def rows(device: torch.device, *, full: bool) -> list[Row]:
     """Every workload; scaled down where `full` is not set, with the two targets of the CPU path first."""
     table = cases.CASES if full else (cases.CASES[0], cases.CPU_TARGET, *cases.CASES[1:])
-    result = []
+    result, others = [], []
     for case in table:
         shape = None if full else cases.CPU_SHAPES.get(case.name)
         scaled_from = "" if shape is None else ",".join(map(str, case.shape))
-        result.append(_refine_row(case if shape is None else case.scaled(*shape), scaled_from))
-    return [*result, _shared_affinity_row(cases.CASES[0])]
+        sized = case if shape is None else case.scaled(*shape)
+        result.append(refine_row(sized, scaled_from, full))
+        if case.name in LABEL_CASES:
+            others.append(_labels_row(sized, scaled_from))
+        if case.name in GRADIENT_CASES:
+            # Everything that autograd keeps for the baselines must fit.
+            small = sized.scaled(1, sized.classes, 80, 80) if not full else sized.scaled(1, *sized.shape[1:])
+            others.append(_gradient_row(small, "" if small == case else ",".join(map(str, case.shape))))
+        if full and case.name in HALF_CASES:
+            others += [refine_row(sized, scaled_from, full, dtype) for dtype in (torch.float16, torch.bfloat16)]
+    return [*result, _shared_affinity_row(cases.CASES[0]), *others]
 
 
 def test_refine(row: Row, measure) -> None:
+    """Every workload through the harness."""
     measure(row)

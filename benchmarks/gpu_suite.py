@@ -410,6 +410,28 @@ def section_memory(suite: Suite) -> None:
         harness.release(suite.device)
 
 
+def section_tune(suite: Suite) -> None:
+    """Measure the launch configurations of the training workloads; log what was chosen and how long it took."""
+    from benchmarks.cases import CASES
+    from dmsa_kernels.backend import warmup
+
+    for case in CASES:
+        if not suite.on_gpu:
+            case = case.scaled(1, min(3, case.classes), 16, 16)
+        if case.pixels * case.classes > 1 << 28:  # shares its bucket's configuration with a smaller one, or takes long
+            continue
+        if suite.left < 20:
+            suite.not_run.append(f"tune: {case.name}")
+            continue
+        image = suite.rand(case.batch, 3, case.height, case.width)
+        masks = suite.rand(*case.shape)
+        for precision in ("exact", "fast"):
+            start = time.monotonic()
+            chosen = warmup(image, masks, case.dilations, case.num_iter, spec=case.spec, precision=precision)
+            text = ", ".join(f"{kernel} {config}" for kernel, config in chosen.items()) or "nothing to tune here"
+            suite.log(f"{case.name}, {precision}: {text} ({time.monotonic() - start:.1f} s)")
+
+
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
@@ -570,6 +592,7 @@ SECTIONS: dict[str, Callable[[Suite], None]] = {
     "memory": section_memory,
     "sanitizer": section_sanitizer,
     "train": section_train,
+    "tune": section_tune,
     "rows": section_rows,
 }
 

@@ -56,7 +56,7 @@ class Candidate:
     run: Callable[..., Any]
     """Called with the row's inputs; returns a tensor or a tuple of tensors."""
     tune: Callable[..., Any] | None = None
-    """Called with the row's inputs before everything else: measures launch configurations for them."""
+    """Called with the row's inputs before everything else, on a GPU: measures launch configurations for them."""
     ours: bool = False
     """The first candidate with `ours` is what the speed-ups compare with."""
     peak_bytes: int = 0
@@ -474,15 +474,27 @@ def percentile(samples: Sequence[float], percent: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
 
 
+SLOW_S = 0.5
+
+
 class _Timer:
     """Times one candidate: `sample()` is the mean seconds of `inner` calls, walking through the input sets."""
 
-    def __init__(self, candidate: Candidate, sets: list[tuple], device: torch.device, steady_s: float):
+    def __init__(self, candidate: Candidate, sets: list[tuple], device: torch.device, estimate_s: float):
         self.run, self.sets, self.device = candidate.run, sets, device
-        # Long enough that the clock and the launch queue do not matter.
-        self.inner = max(1, min(200, math.ceil(2e-3 / max(steady_s, 1e-7))))
+        self.estimate_s = estimate_s
+        self.inner = 1
         self.next = 0
         self.samples: list[float] = []
+
+    def warm_up(self) -> None:
+        """Run once more and choose the calls of a sample so that the clock and the launch queue do not matter.
+
+        Left out for slow calls: two have been made, and a third costs more than it brings.
+        """
+        if self.estimate_s < SLOW_S:
+            seconds = min(_time_once(self._calls, self.device) for _ in range(2))
+            self.inner = max(1, min(200, math.ceil(2e-3 / max(seconds, 1e-7))))
 
     def sample(self) -> None:
         self.samples.append(_time_once(self._calls, self.device) / self.inner)
@@ -571,15 +583,14 @@ def measure(
             result.note = f"needs about {human_bytes(candidate.peak_bytes)}; {budget}"
             continue
         try:
-            steady = _gate(row, candidate, result, first, expected, device)
+            result.first_call_s = _gate(row, candidate, result, first, expected, device)
             if result.status != "ok":
                 continue
+            start = time.perf_counter()
             result.peak_bytes, result.peak_how = peak_memory(lambda c=candidate: c.run(*first), device)
+            timers[i] = _Timer(candidate, sets, device, time.perf_counter() - start)
         except Exception as error:
             _failed(result, error, mach)
-            release(device)
-            continue
-        timers[i] = _Timer(candidate, sets, device, steady)
         release(device)
     expected = None
     release(device)
@@ -636,8 +647,8 @@ _commit_once = functools.cache(commit)
 
 
 def _gate(row: Row, candidate: Candidate, result: Result, inputs: tuple, expected: Any, device: torch.device) -> float:
-    """Run once for the gate and again for the steady time; return the steady seconds."""
-    if candidate.tune is not None:
+    """Run once and judge the result; return the seconds of that first call."""
+    if candidate.tune is not None and device.type == "cuda":
         start = time.perf_counter()
         candidate.tune(*inputs)
         _synchronize(device)
@@ -657,12 +668,7 @@ def _gate(row: Row, candidate: Candidate, result: Result, inputs: tuple, expecte
         result.status = "wrong"
         result.note = f"error {result.error:.2g} is over the bound {result.tolerance:.2g}"
         return math.nan
-    start = time.perf_counter()
-    candidate.run(*inputs)
-    _synchronize(device)
-    steady = time.perf_counter() - start
-    result.first_call_s = max(0.0, first_call - steady)
-    return steady
+    return first_call
 
 
 def _rounds(
@@ -681,7 +687,7 @@ def _rounds(
         for i in list(timers):
             try:
                 if rounds == 0:
-                    timers[i].run(*timers[i].sets[-1])
+                    timers[i].warm_up()
                 timers[i].sample()
             except Exception as error:
                 _failed(results[i], error, mach)
@@ -694,6 +700,7 @@ def _rounds(
         result.median_ms = 1e3 * percentile(samples, 50)
         result.p20_ms, result.p80_ms = 1e3 * percentile(samples, 20), 1e3 * percentile(samples, 80)
         result.samples = len(samples)
+        result.first_call_s = max(0.0, result.first_call_s - percentile(samples, 50))
         if primary:
             result.speedup = percentile([a / b for a, b in zip(samples, primary, strict=True)], 50)
         if row.launch_bound and mach.on_gpu:
