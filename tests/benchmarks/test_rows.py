@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch
 from benchmarks import bench_refine, cases, gpu_suite, harness, report
 
 CPU = torch.device("cpu")
-MODULES = (*gpu_suite.ROW_MODULES, "bench_data")
+MODULES = [path.stem for path in sorted(Path(gpu_suite.__file__).parent.glob("bench_*.py"))]
 
 
 def rows(name: str, full: bool) -> list[harness.Row]:
@@ -29,11 +30,16 @@ def test_rows_are_named_once_and_have_ours_first(name, full):
         assert row.candidates[0].ours or any(candidate.ours for candidate in row.candidates)
         assert len({candidate.name for candidate in row.candidates}) == len(row.candidates)
         if full:
-            assert not row.scaled_from
+            # What autograd keeps for the baselines limits the batch on a GPU too.
+            assert not row.scaled_from or row.variant == "forward+backward"
 
 
 def test_every_workload_of_the_refinement_is_there_with_its_baselines():
-    found = {row.workload: row for row in bench_refine.rows(CPU, full=True) if row.variant == "refine"}
+    found = {
+        row.workload: row
+        for row in bench_refine.rows(CPU, full=True)
+        if row.variant == "refine" and row.dtype == "float32"
+    }
     assert {case.name for case in cases.CASES} <= set(found)
     for case in cases.CASES:
         names = {candidate.name for candidate in found[case.name].candidates}
