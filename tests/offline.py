@@ -31,6 +31,8 @@ MODULES = (
     "dmsa_kernels.refine.triton.affinity",
     "dmsa_kernels.refine.triton.propagate",
     "dmsa_kernels.refine.triton.backward",
+    "dmsa_kernels.aspp.triton.forward",
+    "dmsa_kernels.aspp.triton.backward",
 )
 TARGETS = ("sm_90", "sm_80", "sm_86", "sm_89", "sm_100", "gfx942")
 
@@ -90,7 +92,7 @@ def compile_case(case, target: str) -> dict:
         fn=case.kernel,
         signature=signature,
         constexprs={(names.index(n),): value for n, value in case.constants.items()},
-        attrs={(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")},
+        attrs={(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if str(signature[n]).startswith("*")},
     )
     nvidia = target.startswith("sm_")
     gpu = GPUTarget("cuda", int(target[3:]), 32) if nvidia else GPUTarget("hip", target, 64)

@@ -41,7 +41,9 @@ def depthwise_from_head(state: Mapping[str, Tensor], style: str, prefix: str = "
         raise ValueError(f"{prefix=}: no {pattern.format('<branch>')!r} in the state dict; keys: {sorted(state)[:5]}")
     for r, value in enumerate(filters):
         if value.dim() != 4 or value.shape[1] != 1 or value.shape != filters[0].shape:
-            raise ValueError(f"branch {r}: {value.shape=}, expected depthwise filters [C, 1, k, k], alike in all branches")
+            raise ValueError(
+                f"branch {r}: {value.shape=}, expected depthwise filters [C, 1, k, k], alike in all branches"
+            )
     return torch.stack([value[:, 0] for value in filters])
 
 

@@ -42,13 +42,15 @@ def power_of_two(value: int) -> int:
 def gather_plan(batch: int, channels: int, pixels: int, dtype: torch.dtype, channels_last: bool) -> Plan:
     """Return the plan of the forward kernel and of the input gradient, for ``[batch, channels, pixels]``.
 
-    A thread holds 8 values: 16-byte loads of 16-bit channels, two of float32.
+    Channels last, a thread holds two 16-byte vectors of one channel group, so that each filter value it loads serves
+    two pixels; channels first, 8 single values.
     """
-    block_c = 1
+    num_warps = 4
+    block_c, values = 1, 8
     if channels_last:
         block_c = min(power_of_two(channels), 2 * SECTOR_BYTES // dtype.itemsize)
-    num_warps = 4
-    block_p = min(power_of_two(pixels), max(16, 1024 // block_c))
+        values = 2 * 16 // dtype.itemsize
+    block_p = min(power_of_two(pixels), max(16, values * 32 * num_warps // block_c))
     per_tile_row = batch * -(-channels // block_c)  # programs, if each covered every tile
     tiles = -(-pixels // block_p)
     while tiles > 1 and tiles * block_p > BAND_PIXELS and per_tile_row * -(-pixels // (tiles * block_p)) < PROGRAMS:

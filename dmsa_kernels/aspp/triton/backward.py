@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import triton
@@ -12,6 +12,7 @@ from torch import Tensor
 from dmsa_kernels.aspp.launch import weight_plan
 from dmsa_kernels.aspp.layout import empty_map, in_layout_of, is_channels_last
 from dmsa_kernels.aspp.triton.forward import _shift, _tile_offsets, launch_gather, needs_wide_offsets, tap_major
+from dmsa_kernels.tuning import OfflineCase
 
 
 @triton.jit(do_not_specialize=["dilations"])
@@ -156,7 +157,7 @@ def _parameter_gradients(
             weight.new_zeros((branches, channels) if need_bias else 0),
         )
     plan = weight_plan(batch, channels, height * width, branches, kernel_size, x.dtype, is_channels_last(x))
-    rows = kernel_size if kernel_size == 3 or not need_weight else 1
+    rows = _rows_of_a_program(kernel_size, need_weight)
     blocks = triton.cdiv(channels, plan.block_c)
     splits = triton.cdiv(batch * triton.cdiv(height * width, plan.block_p), plan.tiles)
     partial_w = x.new_empty(
@@ -200,3 +201,48 @@ def _parameter_gradients(
     if need_bias:
         grad_bias = partial_bias.sum(0, dtype=torch.float64).to(weight.dtype)
     return grad_weight, grad_bias
+
+
+def _rows_of_a_program(kernel_size: int, need_weight: bool) -> int:
+    """Return the filter rows whose sums one program holds: all of a small filter, else one, to fit its registers."""
+    return kernel_size if kernel_size == 3 or not need_weight else 1
+
+
+def offline_cases() -> Iterator[OfflineCase]:
+    """List the launches for compilation without a device: the training maps of the method."""
+    batch, channels, size, branches = 32, 384, 20, 4
+    for dtype, name in ((torch.float32, "*fp32"), (torch.bfloat16, "*bf16")):
+        for channels_last in (False, True):
+            for kernel_size in (3, 7):
+                plan = weight_plan(batch, channels, size * size, branches, kernel_size, dtype, channels_last)
+                constants: dict[str, object] = {
+                    "R": branches,
+                    "K": kernel_size,
+                    "ROWS": _rows_of_a_program(kernel_size, True),
+                    "NEED_WEIGHT": True,
+                    "NEED_BIAS": True,
+                    "WIDE": False,
+                    "BLOCK_P": plan.block_p,
+                    "BLOCK_C": plan.block_c,
+                    "TILES": plan.tiles,
+                }
+                for side, width in (("x", channels), ("grad", branches * channels)):
+                    if channels_last:
+                        constants |= {f"stride_{side}_c": 1, f"stride_{side}_w": width, "channels": channels}
+                        constants |= {f"stride_{side}_h": width * size, f"stride_{side}_b": width * size * size}
+                    else:
+                        constants |= {f"stride_{side}_w": 1}
+                yield OfflineCase(
+                    f"dwconv_bwd_w {name[1:]} {'channels_last' if channels_last else 'nchw'} k={kernel_size} {plan}",
+                    dwconv_bwd_w_kernel,
+                    {
+                        "grad_ptr": name,
+                        "x_ptr": name,
+                        "grad_w_ptr": "*fp32",
+                        "grad_bias_ptr": "*fp32",
+                        "dilations": ("i32",) * branches,
+                    },
+                    constants,
+                    num_warps=plan.num_warps,
+                    every_target=kernel_size == 3 and channels_last == (dtype == torch.bfloat16),
+                )

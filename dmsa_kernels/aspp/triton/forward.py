@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import triton
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dmsa_kernels.aspp.launch import gather_plan
 from dmsa_kernels.aspp.layout import empty_map, is_channels_last
+from dmsa_kernels.tuning import OfflineCase
 
 
 @triton.jit
@@ -79,7 +80,7 @@ def _add_taps(
     return acc
 
 
-@triton.jit(do_not_specialize=["dilations"])
+@triton.jit(do_not_specialize=["dilations", "stride_w_tile"])
 def dwconv_fwd_kernel(
     x_ptr,
     w_ptr,
@@ -90,6 +91,7 @@ def dwconv_fwd_kernel(
     height,
     width,
     bands,
+    stride_w_tile,
     stride_x_b,
     stride_x_r,
     stride_x_c,
@@ -146,6 +148,10 @@ def dwconv_fwd_kernel(
                 b_centre = tl.load(x_ptr + o_x, mask=mask, other=0.0).to(tl.float32)
             for r in tl.static_range(R):
                 p_w = w_ptr + r * K * K * channels
+                if K > 3 or CHANNELS_FASTEST:
+                    # The compiler lifts loads that do not change out of the loop: the filters would fill, and
+                    # spill, the registers. It cannot know that this stride is zero.
+                    p_w += t * stride_w_tile
                 if SHARED:
                     b_w = tl.load(p_w + (K * K // 2) * channels + o_c, mask=m_c, other=0.0)
                     acc = b_centre * b_w.to(tl.float32)[None, :]
@@ -244,6 +250,7 @@ def launch_gather(
         height,
         width,
         bands,
+        0,
         source.stride(0),
         source_branch_stride,
         source.stride(1),
@@ -285,3 +292,56 @@ def _reach(image: Tensor, margin: int) -> int:
     rows = height + margin * 3 + padding // width
     columns = width + margin * 3
     return (channels + 128) * image.stride(1) + rows * image.stride(2) + columns * image.stride(3)
+
+
+def offline_cases() -> Iterator[OfflineCase]:
+    """List the launches for compilation without a device: the training maps of the method.
+
+    Channels last, the strides are constants: a launch tells the compiler that they are multiples of 16 only by value.
+    """
+    full = {(torch.float32, "nchw"), (torch.bfloat16, "channels_last")}
+    for dtype in (torch.float32, torch.bfloat16):
+        for layout in ("nchw", "channels_last"):
+            yield _offline_case(dtype, layout, 3, False, every_target=(dtype, layout) in full)
+            yield _offline_case(dtype, layout, 3, True, every_target=False)
+    yield _offline_case(torch.float32, "channels_last", 7, False, every_target=False)
+
+
+def _offline_case(
+    dtype: torch.dtype, layout: str, kernel_size: int, joined: bool, *, every_target: bool
+) -> OfflineCase:
+    batch, channels, size = 32, 384, 20
+    name = "*fp32" if dtype == torch.float32 else "*bf16"
+    channels_last = layout == "channels_last"
+    plan = gather_plan(batch, channels, size * size, dtype, channels_last)
+    branches = 4
+    constants: dict[str, object] = {
+        "R": branches,
+        "K": kernel_size,
+        "SUM": joined,
+        "SHARED": not joined,
+        "HAS_BIAS": not joined,
+        "CHANNELS_FASTEST": channels_last,
+        "WIDE": False,
+        "BLOCK_P": plan.block_p,
+        "BLOCK_C": plan.block_c,
+        "TILES": plan.tiles,
+    }
+    for side, width in (
+        ("x", branches * channels if joined else channels),
+        ("y", channels if joined else 4 * channels),
+    ):
+        if channels_last:
+            constants |= {f"stride_{side}_c": 1, f"stride_{side}_w": width, f"stride_{side}_h": width * size}
+            constants |= {f"stride_{side}_b": width * size * size, "channels": channels}
+            constants |= {f"stride_{side}_r": channels if width > channels else 0}
+        else:
+            constants |= {f"stride_{side}_w": 1}
+    return OfflineCase(
+        f"dwconv_fwd {'sum' if joined else 'concat'} {name[1:]} {layout} k={kernel_size} {size}x{size} {plan}",
+        dwconv_fwd_kernel,
+        {"x_ptr": name, "w_ptr": name, "bias_ptr": name, "y_ptr": name, "dilations": ("i32",) * branches},
+        constants,
+        num_warps=plan.num_warps,
+        every_target=every_target,
+    )
