@@ -151,7 +151,7 @@ def dwconv_fwd_kernel(
                 if K > 3 or CHANNELS_FASTEST:
                     # The compiler lifts loads that do not change out of the loop: the filters would fill, and
                     # spill, the registers. It cannot know that this stride is zero.
-                    p_w += t * stride_w_tile
+                    p_w += t * stride_w_tile * 16  # a multiple, for wide loads
                 if SHARED:
                     b_w = tl.load(p_w + (K * K // 2) * channels + o_c, mask=m_c, other=0.0)
                     acc = b_centre * b_w.to(tl.float32)[None, :]
