@@ -19,6 +19,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--bench-device", default="auto", help="auto (the GPU if there is one), cpu or cuda")
     group.addoption("--bench-full", action="store_true", help="full sizes on a CPU too (by default they are scaled)")
     group.addoption("--bench-csv", default=None, help="write the results to this CSV file")
+    group.addoption("--bench-append", action="store_true", help="append to that file instead of replacing it")
     group.addoption("--bench-row-seconds", type=float, default=2.0, help="time of the timed rounds of one row")
     group.addoption(
         "--bench-seconds", type=float, default=500.0, help="after so many seconds what is left is listed as skipped"
@@ -89,5 +90,5 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     terminalreporter.write_line(harness.table(results))
     path = config.getoption("--bench-csv")
     if path:
-        harness.write_csv(results, path)
+        harness.write_csv(results, path, append=config.getoption("--bench-append"))
         terminalreporter.write_line(f"written to {path}")

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks import cases
 from benchmarks.harness import RESULTS, Result, number, read_csv
 
 NOTES = Path(__file__).parent / "NOTES.md"
@@ -35,9 +36,9 @@ class Cost:
     """What one call moves and computes."""
 
     floor_bytes: int
-    """Every input read once, every output written once."""
+    """Every input of the whole operator read once, every output written once."""
     device_bytes: int
-    """What the kernels move through device memory: intermediates that do not stay in the L2 cache included."""
+    """What the kernels move through device memory: the stored affinity, and planes that do not stay in L2."""
     cache_bytes: int
     """Loads from the first-level cache."""
     operations: int
@@ -55,11 +56,11 @@ def _values(cost: Cost) -> tuple[int, ...]:
 def affinity_cost(batch: int, height: int, width: int, neighbours: int, guide: int = 3, itemsize: int = 4) -> Cost:
     """Affinity of a guide `[B, K, H, W]`: K planes read, P weights written; two passes over the neighbours."""
     pixels = batch * height * width
-    moved = pixels * (guide * itemsize + neighbours * 4)
-    # Twice P·K neighbour loads (standard deviation, then scores); about 6 operations each, and 6 for the softmax of a
-    # weight, the exponential counting one.
-    loads = 2 * pixels * neighbours * guide
-    return Cost(moved, moved, loads * itemsize, 6 * loads + 6 * pixels * neighbours, 1)
+    read = pixels * guide * itemsize
+    # A thread keeps its samples: P·K neighbour loads. About 11 operations a neighbour and channel, as in the workload
+    # table.
+    loads = pixels * neighbours * guide
+    return Cost(read, read + 4 * pixels * neighbours, loads * itemsize, 11 * loads, 1)
 
 
 def propagate_cost(
@@ -80,11 +81,12 @@ def propagate_cost(
     """
     pixels = batch * height * width
     masks, weights = pixels * channels * itemsize, pixels * neighbours * 4
-    floor = 2 * masks + weights
+    moved = 2 * masks + weights
     planes = (0.75 * l2_bytes - height * width * neighbours * 4) / (2 * height * width * itemsize)
-    moved = floor if planes >= 1 else num_iter * floor
+    if planes < 1:
+        moved *= num_iter
     taps = pixels * channels * neighbours * num_iter
-    return Cost(floor, moved, taps * itemsize, 2 * taps, num_iter + 1)
+    return Cost(2 * masks, moved, taps * itemsize, 2 * taps, num_iter + 1)
 
 
 def refine_cost(
@@ -97,7 +99,7 @@ def refine_cost(
     itemsize: int = 4,
     l2_bytes: int = 40 << 20,
 ) -> Cost:
-    """Affinity and propagation; the weights between the two are not part of the floor of a fused operator's input."""
+    """Affinity and propagation; the weights between the two count as moved, not as floor."""
     return affinity_cost(batch, height, width, neighbours) + propagate_cost(
         batch, channels, height, width, neighbours, num_iter, itemsize, l2_bytes
     )
@@ -193,23 +195,8 @@ def bound_by(cost: Cost, gpu: Gpu) -> str:
     return max(terms, key=terms.__getitem__)
 
 
-REFINE_WORKLOADS = {
-    # name: B, C, H, W, P, T
-    "afa_train": (1, 3, 256, 256, 48, 10),
-    "toco_train": (1, 3, 224, 224, 48, 10),
-    "weclip_train": (1, 4, 320, 320, 48, 20),
-    "weclip_eval": (1, 4, 375, 500, 48, 20),
-    "one_stage": (16, 21, 81, 81, 48, 10),
-    "dmsa_voc": (32, 21, 160, 160, 48, 10),
-    "dmsa_coco": (32, 81, 160, 160, 48, 10),
-    "openvoc_voc": (1, 56, 375, 500, 16, 10),
-    "openvoc_ade": (1, 150, 512, 683, 16, 10),
-    "openvoc_stuff": (1, 171, 480, 640, 16, 10),
-    "openvoc_city": (1, 19, 1024, 2048, 16, 10),
-    "openvoc_ade847": (1, 1281, 512, 683, 16, 10),
-    "diffcut": (1, 15, 1024, 1024, 64, 15),
-    "remote_sensing": (1, 6, 6000, 6000, 24, 10),
-}
+REFINE_WORKLOADS = {case.name: (*case.shape, case.neighbours, case.num_iter) for case in cases.CASES}
+"""Name to B, C, H, W, P, T."""
 ASPP_WORKLOADS = {
     # name: B, C, H, W, R
     "vit 20x20": (32, 384, 20, 20, 4),
@@ -377,6 +364,17 @@ class RunPrediction:
         return max(parts, key=parts.__getitem__)
 
 
+def loader_rate(files: Sequence[tuple[str, Sequence[Result]]]) -> float:
+    """Return the measured samples a second of one loader process, or the assumption where there is none."""
+    rates = [
+        1e3 * result.items / result.median_ms
+        for _, results in files
+        for result in results
+        if (result.workload, result.variant, result.ours, result.status) == ("loading", "train", True, "ok")
+    ]
+    return max(rates, default=IMAGES_PER_WORKER_S)
+
+
 def predict_run(classes: int, cluster: Cluster, images_per_worker_s: float = IMAGES_PER_WORKER_S) -> RunPrediction:
     """Predict the hours of the paper's COCO run, networks in bfloat16, with `classes` channels to refine."""
     gpu, hour = cluster.gpu, 3600.0
@@ -490,7 +488,7 @@ def page(files: Sequence[tuple[str, Sequence[Result]]]) -> str:
         _operator_lines(ASPP_WORKLOADS, lambda gpu, *sizes: dwconv_cost(*sizes) + dwconv_backward_cost(*sizes)),
     )
     lines += _fits(files)
-    lines += _runs()
+    lines += _runs(loader_rate(files))
     return "\n".join(lines).rstrip()
 
 
@@ -547,13 +545,13 @@ def _fits(files: Sequence[tuple[str, Sequence[Result]]]) -> list[str]:
     return lines
 
 
-def _runs() -> list[str]:
+def _runs(loaded: float) -> list[str]:
     lines = ["### The paper's COCO run, predicted", ""]
     lines += [
         f"{COCO_IMAGES:,} images, {EPOCHS} epochs, global batch {BATCH}, ViT-S/8 at 160 px, networks in bfloat16, "
         f"{EPOCHS} evaluations of {COCO_VAL:,} images at 320 px, feature bank once. Hours by part; a step takes the "
         "largest of network + refinement, launches and data, plus the all-reduce. Assumed: "
-        f"{LAUNCHES_A_STEP:,} launches a step, {IMAGES_PER_WORKER_S:g} samples a second and loader process "
+        f"{LAUNCHES_A_STEP:,} launches a step, {loaded:.0f} samples a second and loader process "
         f"({CLUSTERS[0].loader_workers} for each GPU), {BANK_KEPT:.0%} of the bank's windows kept, all-reduce at "
         f"{', '.join(f'{c.allreduce_gb_per_s:g} GB/s ({c.count} x {c.gpu.name})' for c in CLUSTERS)}.",
         "",
@@ -578,7 +576,7 @@ def _runs() -> list[str]:
             + [number(p.evaluation, 2), f"**{number(p.total, 2)}**", p.dominant]
             for preset, classes in (("coco_stuff27", 27), ("coco80", 81))
             for cluster in CLUSTERS
-            for p in (predict_run(classes, cluster),)
+            for p in (predict_run(classes, cluster, loaded),)
         ),
     )
     return lines

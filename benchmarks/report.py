@@ -1,7 +1,7 @@
 """Turn committed results into the README's tables and plot, and compare two result files.
 
-python -m benchmarks.report                  # results/*.csv -> tables between the README's markers, and the plot
-python -m benchmarks.report --check          # exit status 1 if the README is not what the results give
+python -m benchmarks.report                  # results/*.csv -> tables of the README, and the plot
+python -m benchmarks.report --check          # exit status 1 if a page is not what the results give
 python -m benchmarks.report compare OLD NEW  # regressions over 10 % by name; exit status 1 if there are any
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -17,6 +18,7 @@ from pathlib import Path
 from benchmarks.harness import RESULTS, Result, human_bytes, number, read_csv
 
 README = Path(__file__).parent.parent / "README.md"
+FULL = Path(__file__).parent / "README.md"
 PLOT = RESULTS / "scaling.png"
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 SWEEPS = {"sweep_channels": "channels C", "sweep_pixels": "pixels H·W"}
@@ -29,6 +31,14 @@ FAMILIES = {
     "data": "Data and evaluation",
 }
 NOT_MEASURED = "not measured yet"
+SHORT = {
+    ("refine", "refine"): ("afa_train", "classes21", "one_stage", "dmsa_voc", "openvoc_ade", "diffcut"),
+    ("aspp", "forward"): ("dmsa_train_d", "daformer"),
+    ("aspp", "forward+backward"): ("dmsa_train_d", "daformer"),
+    ("cam", "maps"): (),
+    ("step", ""): (),
+}
+"""Rows of the front page's table by family and variant; all workloads where none is named."""
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -111,8 +121,16 @@ def conditions(results: Sequence[Result]) -> str:
     return ", ".join(parts)
 
 
-def tables(files: Sequence[tuple[str, Sequence[Result]]], plot: str | None = None) -> str:
-    """Return the README's section, without the markers."""
+def front_page(result: Result) -> bool:
+    """Tell whether a result belongs into the short table."""
+    for (family, variant), workloads in SHORT.items():
+        if result.family == family and result.variant.startswith(variant) and result.dtype == "float32":
+            return not workloads or (result.workload in workloads and result.variant == variant)
+    return False
+
+
+def tables(files: Sequence[tuple[str, Sequence[Result]]], plot: str | None = None, *, short: bool = False) -> str:
+    """Return the section between the markers: every row, or those of the front page if `short`."""
     lines = [
         "A baseline's cell is how many times longer than ours it took in the same process (median of interleaved "
         "rounds), then its own time. Nothing is given where the correctness check failed. Peak memory is what a call "
@@ -123,7 +141,7 @@ def tables(files: Sequence[tuple[str, Sequence[Result]]], plot: str | None = Non
         if not results:
             continue
         lines += [f"**{conditions(results)}** (`benchmarks/results/{stem}.csv`)", ""]
-        shown = [result for result in results if result.workload not in SWEEPS]
+        shown = [r for r in results if r.workload not in SWEEPS and (front_page(r) or not short)]
         for family in dict.fromkeys(result.family for result in shown):
             lines += [f"{FAMILIES.get(family, family)}:", ""]
             lines += [*family_table([result for result in shown if result.family == family]), ""]
@@ -252,9 +270,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of CSV files")
-    parser.add_argument("--readme", type=Path, default=README, help="file with the markers")
+    parser.add_argument("--readme", type=Path, default=README, help="page with the short table, between markers")
+    parser.add_argument("--full", type=Path, default=FULL, help="page with every row, between markers")
     parser.add_argument("--plot", type=Path, default=PLOT, help="picture to write")
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if the README is out of date")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a page is out of date")
     commands = parser.add_subparsers(dest="command")
     sub = commands.add_parser("compare", help="name the regressions of one file against another")
     sub.add_argument("old", type=Path)
@@ -266,20 +285,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     files = load(arguments.results)
     sweeps = any(r.workload in SWEEPS for _, results in files for r in results)
-    plot = arguments.plot
-    if arguments.readme.resolve().parent in plot.resolve().parents:
-        plot = plot.resolve().relative_to(arguments.readme.resolve().parent)
-    section = tables(files, plot.as_posix() if sweeps else None)
-    text = arguments.readme.read_text(encoding="utf-8")
-    updated = replace_between(text, section, arguments.readme.name)
-    if arguments.check:
+    stale = []
+    for path, short in ((arguments.readme, True), (arguments.full, False)):
+        text = path.read_text(encoding="utf-8")
+        plot = os.path.relpath(arguments.plot.resolve(), path.resolve().parent).replace(os.sep, "/")
+        updated = replace_between(text, tables(files, plot if sweeps else None, short=short), str(path))
         if text != updated:
-            print(f"{arguments.readme.name} is not what the results give: run python -m benchmarks.report")
-        return int(text != updated)
+            stale.append(path)
+            if not arguments.check:
+                path.write_text(updated, encoding="utf-8")
+    if arguments.check:
+        for path in stale:
+            print(f"{path} is not what the results give: run python -m benchmarks.report")
+        return int(bool(stale))
     if sweeps:
         draw(files, arguments.plot)
-    arguments.readme.write_text(updated, encoding="utf-8")
-    print(f"{arguments.readme.name}: {sum(len(r) for _, r in files)} results of {len(files)} files")
+    print(f"{sum(len(results) for _, results in files)} results of {len(files)} files; rewrote {len(stale)} pages")
     return 0
 
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from benchmarks import cost_model
+from benchmarks import cases, cost_model
 from benchmarks.cost_model import CLUSTERS, GPUS, Cost
 from benchmarks.harness import Result, write_csv
 
@@ -15,14 +15,19 @@ from benchmarks.harness import Result, write_csv
 def test_counts_of_a_small_refinement_by_hand():
     # One pixel more than nothing: 1 image, 2 channels, 3x5 pixels, 8 neighbours, 4 iterations, float32.
     cost = cost_model.propagate_cost(1, 2, 3, 5, 8, 4)
-    assert cost.floor_bytes == 4 * (2 * 2 * 15 + 8 * 15)
+    assert cost.floor_bytes == 4 * (2 * 2 * 15)
+    assert cost.device_bytes == 4 * (2 * 2 * 15 + 8 * 15)
     assert cost.cache_bytes == 4 * (2 * 15 * 8 * 4)
     assert cost.operations == 2 * (2 * 15 * 8 * 4)
     assert cost.launches == 5
     affinity = cost_model.affinity_cost(1, 3, 5, 8)
-    assert affinity.floor_bytes == 4 * (3 * 15 + 8 * 15)
+    assert affinity.device_bytes == 4 * (3 * 15 + 8 * 15)
     total = cost_model.refine_cost(1, 2, 3, 5, 8, 4)
     assert total == cost + affinity
+    case = cases.RefineCase("small", 1, 2, 3, 5, (4,), 4)
+    assert total.floor_bytes == case.floor_bytes()
+    assert total.operations == case.operations
+    assert total.cache_bytes == case.cache_bytes() + affinity.cache_bytes
 
 
 def test_counts_of_the_convolution_by_hand():
@@ -39,8 +44,9 @@ def test_vit_operations_are_the_published_ones():
 def test_what_does_not_fit_the_cache_passes_memory_every_iteration():
     small = cost_model.propagate_cost(1, 8, 128, 128, 48, 10, l2_bytes=40 << 20)
     large = cost_model.propagate_cost(1, 8, 2048, 2048, 48, 10, l2_bytes=40 << 20)
-    assert small.device_bytes == small.floor_bytes
-    assert large.device_bytes == 10 * large.floor_bytes
+    once = 4 * (2 * 8 + 48)
+    assert small.device_bytes == once * 128**2
+    assert large.device_bytes == 10 * once * 2048**2
 
 
 def test_a_prediction_grows_with_every_count_and_names_the_largest_term():
@@ -140,6 +146,13 @@ def test_the_page_is_written_and_checked(tmp_path, capsys):
     capsys.readouterr()
     assert cost_model.main(arguments[2:]) == 0
     assert "predicted" in capsys.readouterr().out
+
+
+def test_the_loader_rate_is_the_measured_one():
+    (row,) = rows((0.15, 0.0, 0.0), count=1)
+    row.family, row.workload, row.variant, row.items, row.median_ms = "data", "loading", "train", 12, 150.0
+    assert cost_model.loader_rate([("cpu", [row])]) == pytest.approx(80)
+    assert cost_model.loader_rate([]) == cost_model.IMAGES_PER_WORKER_S
 
 
 def test_missing_markers_are_an_error():

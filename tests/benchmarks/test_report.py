@@ -146,19 +146,26 @@ def test_a_missing_gpu_file_is_said():
     assert "not measured yet" not in report.tables([("gpu", [make(device="cuda", hardware="a GPU")])])
 
 
-def test_the_section_is_replaced_and_checked(tmp_path, capsys):
-    results, readme = tmp_path / "results", tmp_path / "README.md"
-    harness.write_csv([make(), materialising()], results / "cpu.csv")
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    arguments = ["--results", str(results), "--readme", str(readme), "--plot", str(tmp_path / "p.png")]
+def test_the_sections_are_replaced_and_checked(tmp_path, capsys):
+    results, pages = tmp_path / "results", [tmp_path / "README.md", tmp_path / "full.md"]
+    minor = [make(workload="toco_train"), materialising(workload="toco_train")]
+    harness.write_csv([make(), materialising(), *minor], results / "cpu.csv")
+    for page in pages:
+        page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    arguments = ["--results", str(results), "--readme", str(pages[0]), "--full", str(pages[1])]
+    arguments += ["--plot", str(tmp_path / "p.png")]
     assert report.main([*arguments, "--check"]) == 1
     assert report.main(arguments) == 0
-    text = readme.read_text()
-    assert text.startswith("before\n")
-    assert text.endswith("after\n")
-    assert "old" not in text
-    assert "40.0x (80.0 ms)" in text
+    for page in pages:
+        text = page.read_text()
+        assert text.startswith("before\n")
+        assert text.endswith("after\n")
+        assert "old" not in text
+        assert "40.0x (80.0 ms)" in text
+        assert ("toco_train" in text) == (page.name == "full.md")
     assert report.main([*arguments, "--check"]) == 0
+    harness.write_csv([make(median_ms=3.0), materialising(), *minor], results / "cpu.csv")
+    assert report.main([*arguments, "--check"]) == 1
     capsys.readouterr()
 
 
