@@ -109,20 +109,23 @@ def test_half_precision_is_rounded_once(backend, dtype):
     actual = refine(image, masks, [1, 2], 5, backend=backend)
     expected = refine(image.double(), masks.double(), [1, 2], 5, backend="reference")
     assert actual.dtype == dtype
-    # Half a unit in the last place of the result, and the float32 error beside it.
-    assert ((actual.double() - expected).abs() <= expected.abs() * torch.finfo(dtype).eps / 2 + 2e-6).all()
+    # Half a unit in the last place of the result, and the float32 error beside it. Triton's interpreter cuts float32 to
+    # bfloat16 instead of rounding it (a GPU rounds): a whole unit there.
+    cut = backend == "triton" and dtype == torch.bfloat16 and not torch.cuda.is_available()
+    unit = torch.finfo(dtype).eps * (1 if cut else 0.5)
+    assert ((actual.double() - expected).abs() <= expected.abs() * unit + 2e-6).all()
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "sliced", "expanded", "transposed"])
 def test_strides(backend, layout):
-    image, masks = _pair(8, 10, classes=3, batch=2)
+    image, masks = _pair(6, 7, batch=2)
     if layout == "channels_last":
         image_v, masks_v = (x.to(memory_format=torch.channels_last) for x in (image, masks))
     elif layout == "sliced":
         image_v = torch.nn.functional.pad(image, (2, 3, 1, 1))[..., 1:-1, 2:-3]
         masks_v = torch.nn.functional.pad(masks, (2, 3, 1, 1))[..., 1:-1, 2:-3]
     elif layout == "expanded":
-        image_v, masks_v = image[:1].expand(2, -1, -1, -1), masks[:, :1].expand(-1, 3, -1, -1)
+        image_v, masks_v = image[:1].expand(2, -1, -1, -1), masks[:, :1].expand(-1, 2, -1, -1)
     else:
         image_v, masks_v = (x.transpose(2, 3).contiguous().transpose(2, 3) for x in (image, masks))
     results = []
