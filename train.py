@@ -17,6 +17,7 @@ import sys
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from dmsa.cli import needs_extra
 from dmsa.config import parse
 
 
@@ -25,6 +26,9 @@ def main(argv: list[str] | None = None) -> int:
     """Parse, build, run; return the exit status."""
     try:
         config = parse(argv, prog="train.py", description=__doc__ or "")
+    except ModuleNotFoundError as error:
+        print(f"train.py: error: {needs_extra(error)}", file=sys.stderr)
+        return 2
     except (ValueError, TypeError, OSError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2

@@ -31,6 +31,14 @@ def usage() -> str:
     )
 
 
+def needs_extra(error: ModuleNotFoundError) -> str:
+    """Return what to install when a package of the extra `train` is missing; any other missing module is a fault."""
+    package = (error.name or "").partition(".")[0]
+    if package in ("", "dmsa", "dmsa_kernels"):
+        raise error
+    return f"needs {package}, which the base install does not have: pip install 'dmsa-kernels[train]'"
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run ``dmsa`` with ``argv`` (default: the process's arguments) and return the exit status."""
     argv = sys.argv[1:] if argv is None else argv
@@ -51,6 +59,9 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         return importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:]) or 0
+    except ModuleNotFoundError as error:
+        print(f"dmsa {argv[0]}: {needs_extra(error)}", file=sys.stderr)
+        return 1
     except (ValueError, OSError) as error:  # bad input: its message says what to do, a traceback would bury it
         print(f"dmsa {argv[0]}: {error}", file=sys.stderr)
         return 1

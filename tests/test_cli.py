@@ -1,3 +1,7 @@
+import importlib
+
+import pytest
+
 from dmsa import cli
 from dmsa_kernels import __version__
 
@@ -16,3 +20,23 @@ def test_version(capsys):
 def test_misspelt_command_suggests(capsys):
     assert cli.main(["docter"]) == 2
     assert "did you mean 'doctor'?" in capsys.readouterr().err
+
+
+def lacking(name):
+    def load(_module):
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    return load
+
+
+def test_a_missing_package_names_the_extra(monkeypatch, capsys):
+    monkeypatch.setattr(importlib, "import_module", lacking("tyro.conf"))
+    assert cli.main(["predict"]) == 1
+    needs = "needs tyro, which the base install does not have: pip install 'dmsa-kernels[train]'"
+    assert capsys.readouterr().err == f"dmsa predict: {needs}\n"
+
+
+def test_a_module_of_our_own_that_is_missing_is_a_fault(monkeypatch):
+    monkeypatch.setattr(importlib, "import_module", lacking("dmsa.engine.predict"))
+    with pytest.raises(ModuleNotFoundError):
+        cli.main(["predict"])

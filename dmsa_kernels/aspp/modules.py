@@ -116,7 +116,7 @@ class DepthwiseASPP(nn.Module):
 
     def _branches(self, x: Tensor, dilations: list[int]) -> Tensor:
         """Return the branches side by side, ``[B, R * C, H, W]``."""
-        weight = self.weight
+        weight: Tensor = self.weight
         if self.scale is not None:
             # A filter with only its centre set, so far dilated that every other tap is outside the map and is skipped:
             # the 1 x 1 branch rides along in the same pass over x.

@@ -108,8 +108,9 @@ def _follow_autocast(operator: Callable[..., Tensor], name: str, device_type: st
 
 def _cast(arg: object, dtype: torch.dtype) -> object:
     # Double precision is a choice of the caller that autocast respects in every library operator.
-    lower = isinstance(arg, Tensor) and arg.is_floating_point() and arg.dtype != torch.float64
-    return arg.to(dtype) if lower else arg
+    if not isinstance(arg, Tensor) or not arg.is_floating_point() or arg.dtype == torch.float64:
+        return arg
+    return arg.to(dtype)
 
 
 for _device_type in ("cpu", "cuda"):

@@ -365,7 +365,7 @@ def propagate(
             continue
         if _gathers(weights, planes.shape[1]) and masks.dtype != torch.float64:
             if indices is None:
-                indices = _neighbour_indices(*masks.shape[2:], dilations)
+                indices = _neighbour_indices(masks.shape[2], masks.shape[3], dilations)
             result[0] = _propagate_gathered(weights[chunk][0], planes[0], indices, num_iter)
         else:
             _propagate_padded(weights[chunk], planes, dilations, num_iter, result)

@@ -209,22 +209,20 @@ def propagate(
     num_iter = _check_num_iter(num_iter)
     _check_classes(masks, valid_classes, return_labels)
     _check_choice("backend", backend, BACKENDS)
-    return _propagate(affinity, masks, num_iter, valid_classes, return_labels, backend)
+    return (_labels if return_labels else _propagate)(affinity, masks, num_iter, valid_classes, backend)
 
 
-def _propagate(
-    affinity: Affinity,
-    masks: Tensor,
-    num_iter: int,
-    valid_classes: Tensor | None,
-    return_labels: bool,
-    backend: str,
-) -> Tensor | tuple[Tensor, Tensor]:
+def _propagate(affinity: Affinity, masks: Tensor, num_iter: int, valid_classes: Tensor | None, backend: str) -> Tensor:
     arguments = (list(affinity.dilations), num_iter, valid_classes, backend)
-    if return_labels:
-        labels, values = torch.ops.dmsa_kernels.propagate_labels(affinity.weights.detach(), masks.detach(), *arguments)
-        return labels, values
     return torch.ops.dmsa_kernels.propagate(affinity.weights, masks, *arguments)
+
+
+def _labels(
+    affinity: Affinity, masks: Tensor, num_iter: int, valid_classes: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor]:
+    arguments = (list(affinity.dilations), num_iter, valid_classes, backend)
+    labels, values = torch.ops.dmsa_kernels.propagate_labels(affinity.weights.detach(), masks.detach(), *arguments)
+    return labels, values
 
 
 def refine(
@@ -280,9 +278,9 @@ def refine(
             f" masks.shape={tuple(masks.shape)}; use resize='masks' or resize='image'"
         )
     if resize == "image":
-        image = ops.resize(image, tuple(masks.shape[2:]))
+        image = ops.resize(image, masks.shape[2:])
     affinity = _affinity(image, checked, constants, precision, backend)
     if return_labels:
-        return _propagate(affinity, masks, num_iter, valid_classes, True, backend)
-    resized = ops.resize(masks, tuple(image.shape[2:]))
-    return _propagate(affinity, resized, num_iter, valid_classes, False, backend).to(masks.dtype)
+        return _labels(affinity, masks, num_iter, valid_classes, backend)
+    resized = ops.resize(masks, image.shape[2:])
+    return _propagate(affinity, resized, num_iter, valid_classes, backend).to(masks.dtype)

@@ -5,6 +5,8 @@ Schemas, fake implementations and autograd; a backend's module is imported insid
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -44,16 +46,10 @@ def _implementation(backend: str, launcher: str, *tensors: Tensor) -> ModuleType
         return eager
     if name == "reference":
         return reference
-    if launcher == "affinity":
-        from dmsa_kernels.refine.triton import affinity as module
-    elif launcher == "propagate":
-        from dmsa_kernels.refine.triton import propagate as module
-    else:
-        from dmsa_kernels.refine.triton import backward as module
-    return module
+    return importlib.import_module(f"dmsa_kernels.refine.triton.{launcher}")
 
 
-def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+def resize(x: Tensor, size: Sequence[int]) -> Tensor:
     """Bilinear, ``align_corners=True``, in float32 (float64 stays); x [B, C, h, w] -> [B, C, *size]."""
     if tuple(x.shape[-2:]) == tuple(size):
         return x
@@ -64,7 +60,7 @@ def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     # Plane by plane: interpolate rounds differently with the number of channels and their memory format, and a batch
     # must equal its images bit for bit.
     planes = x.reshape(-1, 1, *x.shape[2:]).contiguous()
-    return F.interpolate(planes, size=size, mode="bilinear", align_corners=True).view(*x.shape[:2], *size)
+    return F.interpolate(planes, size=tuple(size), mode="bilinear", align_corners=True).view(*x.shape[:2], *size)
 
 
 # --- the affinity
@@ -216,14 +212,15 @@ def _propagate_labels(
 ) -> tuple[Tensor, Tensor]:
     """Masks may be smaller or larger than the affinity's map: each chunk of classes is resized when its turn comes."""
     module = _implementation(backend, "propagate", weights, masks)
-    size = tuple(weights.shape[2:])
+    height, width = weights.shape[2:]
     best: tuple[Tensor, Tensor] | None = None
-    for chunk in label_chunks(masks.shape[1], masks.shape[0], *size):
-        planes = resize(masks[:, chunk], size)
+    for chunk in label_chunks(masks.shape[1], masks.shape[0], height, width):
+        planes = resize(masks[:, chunk], (height, width))
         valid = None if valid_classes is None else valid_classes[:, chunk]
         labels, values = module.propagate_labels(weights, planes, dilations, num_iter, valid)
         labels = labels + chunk.start
         best = (labels, values) if best is None else merge_larger(*best, labels, values)
+    assert best is not None  # there is always a chunk
     labels, values = best
     if valid_classes is not None:
         some = valid_classes.any(1)[:, None, None]

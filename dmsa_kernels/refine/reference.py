@@ -81,9 +81,9 @@ def local_affinity_backward(
     position_weight: float,
 ) -> Tensor:
     """Gradient [B, K, H, W] of the image, by automatic differentiation."""
-    _, pullback = torch.func.vjp(
+    pullback = torch.func.vjp(
         lambda x: _affinity(x, dilations, exponent, alpha, sigma, eps, position_weight), image.double()
-    )
+    )[1]
     return pullback(grad_weights.double())[0].to(image.dtype)
 
 
@@ -115,9 +115,9 @@ def propagate_backward(
     need_masks: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of weights [B, P, H, W] and masks [B, C, H, W], by automatic differentiation; empty if not needed."""
-    _, pullback = torch.func.vjp(
+    pullback = torch.func.vjp(
         lambda w, m: _propagate(w, m, dilations, num_iter, valid_classes), weights.double(), masks.double()
-    )
+    )[1]
     grad_weights, grad_masks = pullback(grad.double())
     return (
         grad_weights.to(weights.dtype) if need_weights else weights.new_empty(0),
