@@ -49,7 +49,7 @@ def overlay(image: np.ndarray, labels: np.ndarray, palette: np.ndarray, opacity:
     edge[:, 1:] |= labels[:, 1:] != labels[:, :-1]
     edge[1:] |= labels[1:] != labels[:-1]
     mixed[edge] = 255
-    return mixed.astype(np.uint8)
+    return (mixed + 0.5).astype(np.uint8)
 
 
 def name_regions(

@@ -48,7 +48,8 @@ class Deployed(nn.Module):
 
     def __init__(self, predictor: Predictor, size: int) -> None:
         super().__init__()
-        self.segmenter = predictor.segmenter
+        # Nothing is trained from here on, and a program may not hold constants that ask for gradients.
+        self.segmenter = predictor.segmenter.requires_grad_(False)
         patch = predictor.segmenter.encoder.patch_size
         self.rates = predictor.rates((size // patch, size // patch))
         order = predictor.assignment or list(range(predictor.classes.num_classes))

@@ -447,7 +447,7 @@ def test_refinement_stays_in_full_precision(tmp_path, monkeypatch):
         seen.append((image.dtype, masks.dtype))
         return refine(image, masks, *arguments, **options)
 
-    monkeypatch.setattr(dmsa_kernels, "refine", watch)
+    monkeypatch.setattr(dmsa_kernels.refine, "refine", watch)
     trainer._step(next(iter(trainer._batches())))
     trainer.close()
     assert seen == [(torch.float32, torch.float32)]
