@@ -84,7 +84,9 @@ def test_without_onnx_it_says_so(run, tmp_path, monkeypatch, capsys):
 
 
 def test_a_file_that_computes_something_else_is_not_written(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(export, "plain_dwconv", lambda x, *rest: torch.zeros_like(x).repeat(1, 3, 1, 1))
+    monkeypatch.setattr(
+        export, "plain_dwconv", lambda x, weight, *rest: torch.zeros_like(x).repeat(1, len(weight), 1, 1)
+    )
     predictor = load_predictor(run, torch.device("cpu"))
     # The pyramid's gain starts near 0; make what it adds matter.
     with torch.no_grad():
