@@ -38,6 +38,7 @@ MAY_CHANGE = (
     "out",
     "data.root",
     "data.workers",
+    "train.baselines",
     "train.epochs",
     "train.keep_checkpoints",
     "train.checkpoint_minutes",
