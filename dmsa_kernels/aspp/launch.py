@@ -39,18 +39,20 @@ def power_of_two(value: int) -> int:
     return 1 << max(0, value - 1).bit_length()
 
 
-def gather_plan(batch: int, channels: int, pixels: int, dtype: torch.dtype, channels_last: bool) -> Plan:
+def gather_plan(
+    batch: int, channels: int, pixels: int, kernel_size: int, dtype: torch.dtype, channels_last: bool
+) -> Plan:
     """Return the plan of the forward kernel and of the input gradient, for ``[batch, channels, pixels]``.
 
-    Channels last, a thread holds two 16-byte vectors of one channel group, so that each filter value it loads serves
-    two pixels; channels first, 8 single values.
+    A thread holds 8 values: one 16-byte vector of 16-bit channels, two of float32, 8 pixels of one channel otherwise;
+    half of that where filters are larger than 3 x 3, or their loads in flight spill registers.
     """
     num_warps = 4
-    block_c, values = 1, 8
+    block_c = 1
     if channels_last:
         block_c = min(power_of_two(channels), 2 * SECTOR_BYTES // dtype.itemsize)
-        values = 2 * 16 // dtype.itemsize
-    block_p = min(power_of_two(pixels), max(16, values * 32 * num_warps // block_c))
+    values = 1024 if kernel_size == 3 else 512
+    block_p = min(power_of_two(pixels), max(16, values // block_c))
     per_tile_row = batch * -(-channels // block_c)  # programs, if each covered every tile
     tiles = -(-pixels // block_p)
     while tiles > 1 and tiles * block_p > BAND_PIXELS and per_tile_row * -(-pixels // (tiles * block_p)) < PROGRAMS:

@@ -126,7 +126,7 @@ def test_module_agrees_with_eager():
     [(2, 1024, 16384), (4, 2048, 4096), (32, 384, 400), (1, 1, 1), (1, 3, 10**7), (43, 384, 784)],
 )
 def test_plans_cover_the_map(kernel_size, channels_last, dtype, batch, channels, pixels):
-    gather = launch.gather_plan(batch, channels, pixels, dtype, channels_last)
+    gather = launch.gather_plan(batch, channels, pixels, kernel_size, dtype, channels_last)
     weight = launch.weight_plan(batch, channels, pixels, 3, kernel_size, dtype, channels_last)
     for plan in (gather, weight):
         for value in (plan.block_p, plan.block_c, plan.tiles):

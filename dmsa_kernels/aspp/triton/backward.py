@@ -66,7 +66,7 @@ def dwconv_bwd_w_kernel(
     m_c = o_c < channels
     grad_ptr += i_r.to(tl.int64) * stride_grad_r
     sums = ()
-    for _ in tl.static_range(ROWS * K):
+    for _tap in tl.static_range(ROWS * K):
         sums = sums + (tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32),)  # noqa: RUF005 Triton knows no unpacking
     bias_sum = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
     for t in range(TILES):
@@ -79,7 +79,9 @@ def dwconv_bwd_w_kernel(
             row, col, m_p, o_g = _tile_offsets(
                 tile, width, pixels, o_c, stride_grad_h, stride_grad_w, stride_grad_c, BLOCK_P, WIDE
             )
-            _, _, _, o_x = _tile_offsets(tile, width, pixels, o_c, stride_x_h, stride_x_w, stride_x_c, BLOCK_P, WIDE)
+            row, col, m_p, o_x = _tile_offsets(
+                tile, width, pixels, o_c, stride_x_h, stride_x_w, stride_x_c, BLOCK_P, WIDE
+            )
             p_x = x_ptr + i_b.to(tl.int64) * stride_x_b
             p_g = grad_ptr + i_b.to(tl.int64) * stride_grad_b + o_g
             # [P, C]

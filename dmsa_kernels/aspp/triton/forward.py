@@ -40,6 +40,46 @@ def _shift(dy, dx, stride_h, stride_w, WIDE: tl.constexpr):
 
 
 @triton.jit
+def _add_filter_row(
+    acc,  # [P, C] float32
+    x_ptr,  # the source's image
+    w_ptr,  # [k, C], channels adjacent
+    offsets,  # [P, C]
+    row,
+    col,
+    m_p,
+    m_c,
+    o_c,
+    first_row,
+    last_row,
+    dy,
+    dilation,
+    height,
+    width,
+    channels,
+    stride_h,
+    stride_w,
+    K: tl.constexpr,
+    CENTRE: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Add the taps of one filter row to ``acc``, unless it misses the map for the whole tile."""
+    if (last_row + dy >= 0) & (first_row + dy < height):
+        m_row = m_p & (row + dy >= 0) & (row + dy < height)
+        for j in tl.static_range(K):
+            if CENTRE or j != K // 2:
+                dx = (j - K // 2) * dilation
+                m_x = m_row & (col + dx >= 0) & (col + dx < width)
+                p_x = x_ptr + _shift(dy, dx, stride_h, stride_w, WIDE) + offsets
+                # [P, C]
+                b_x = tl.load(p_x, mask=m_x[:, None] & m_c[None, :], other=0.0)
+                # [C]
+                b_w = tl.load(w_ptr + j * channels + o_c, mask=m_c, other=0.0)
+                acc += b_x.to(tl.float32) * b_w.to(tl.float32)[None, :]
+    return acc
+
+
+@triton.jit
 def _add_taps(
     acc,  # [P, C] float32
     x_ptr,  # the source's image
@@ -62,21 +102,58 @@ def _add_taps(
     CENTRE: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Add one branch's taps to ``acc``; whole filter rows that miss the map for the whole tile are skipped."""
-    for i in tl.static_range(K):
-        dy = (i - K // 2) * dilation
-        if (last_row + dy >= 0) & (first_row + dy < height):
-            m_row = m_p & (row + dy >= 0) & (row + dy < height)
-            for j in tl.static_range(K):
-                if CENTRE or i != K // 2 or j != K // 2:
-                    dx = (j - K // 2) * dilation
-                    shift = _shift(dy, dx, stride_h, stride_w, WIDE)
-                    m_x = m_row & (col + dx >= 0) & (col + dx < width)
-                    # [P, C]
-                    b_x = tl.load(x_ptr + shift + offsets, mask=m_x[:, None] & m_c[None, :], other=0.0)
-                    # [C]
-                    b_w = tl.load(w_ptr + (i * K + j) * channels + o_c, mask=m_c, other=0.0)
-                    acc += b_x.to(tl.float32) * b_w.to(tl.float32)[None, :]
+    """Add one branch's taps to ``acc``."""
+    if K == 3:
+        for i in tl.static_range(K):
+            acc = _add_filter_row(
+                acc,
+                x_ptr,
+                w_ptr + i * K * channels,
+                offsets,
+                row,
+                col,
+                m_p,
+                m_c,
+                o_c,
+                first_row,
+                last_row,
+                (i - K // 2) * dilation,
+                dilation,
+                height,
+                width,
+                channels,
+                stride_h,
+                stride_w,
+                K,
+                CENTRE or i != K // 2,
+                WIDE,
+            )
+    else:
+        # Unrolled, the offsets of so many taps would be computed ahead of the loop over tiles, and spill.
+        for i in range(K):
+            acc = _add_filter_row(
+                acc,
+                x_ptr,
+                w_ptr + i * K * channels,
+                offsets,
+                row,
+                col,
+                m_p,
+                m_c,
+                o_c,
+                first_row,
+                last_row,
+                (i - K // 2) * dilation,
+                dilation,
+                height,
+                width,
+                channels,
+                stride_h,
+                stride_w,
+                K,
+                True,
+                WIDE,
+            )
     return acc
 
 
@@ -115,8 +192,8 @@ def dwconv_fwd_kernel(
 ):
     """y_r(q) = bias_r + sum_ij w_r,ij x_r(q + d_r (i - k // 2, j - k // 2)), or the sum of the y_r.
 
-    With one source for all branches (SHARED) its centre is loaded once. The gradient of the input is the same kernel
-    over the branches' gradients and flipped filters, summed up.
+    With one source for all branches (SHARED) the centre of a 3 x 3 filter is loaded once. The gradient of the input is
+    the same kernel over the branches' gradients and flipped filters, summed up.
     """
     pid = tl.program_id(0)
     blocks = tl.cdiv(channels, BLOCK_C)
@@ -141,18 +218,20 @@ def dwconv_fwd_kernel(
             row, col, m_p, o_x = _tile_offsets(
                 tile, width, pixels, o_c, stride_x_h, stride_x_w, stride_x_c, BLOCK_P, WIDE
             )
-            _, _, _, o_y = _tile_offsets(tile, width, pixels, o_c, stride_y_h, stride_y_w, stride_y_c, BLOCK_P, WIDE)
+            row, col, m_p, o_y = _tile_offsets(
+                tile, width, pixels, o_c, stride_y_h, stride_y_w, stride_y_c, BLOCK_P, WIDE
+            )
             mask = m_p[:, None] & m_c[None, :]
             total = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
-            if SHARED:
+            if SHARED and K == 3:
                 b_centre = tl.load(x_ptr + o_x, mask=mask, other=0.0).to(tl.float32)
             for r in tl.static_range(R):
                 p_w = w_ptr + r * K * K * channels
-                if K > 3 or CHANNELS_FASTEST:
+                if K == 3 and CHANNELS_FASTEST:
                     # The compiler lifts loads that do not change out of the loop: the filters would fill, and
                     # spill, the registers. It cannot know that this stride is zero.
                     p_w += t * stride_w_tile * 16  # a multiple, for wide loads
-                if SHARED:
+                if SHARED and K == 3:
                     b_w = tl.load(p_w + (K * K // 2) * channels + o_c, mask=m_c, other=0.0)
                     acc = b_centre * b_w.to(tl.float32)[None, :]
                 else:
@@ -178,7 +257,7 @@ def dwconv_fwd_kernel(
                     stride_x_h,
                     stride_x_w,
                     K,
-                    not SHARED,
+                    not SHARED or K > 3,
                     WIDE,
                 )
                 if HAS_BIAS:
@@ -236,7 +315,7 @@ def launch_gather(
     if out.numel() == 0:
         return
     channels_last = is_channels_last(out)
-    plan = gather_plan(batch, channels, height * width, out.dtype, channels_last)
+    plan = gather_plan(batch, channels, height * width, kernel_size, out.dtype, channels_last)
     blocks = triton.cdiv(channels, plan.block_c)
     bands = triton.cdiv(height * width, plan.block_p * plan.tiles)
     farthest = max(height, width)  # off-centre taps that far are outside: larger dilations change nothing
@@ -313,7 +392,7 @@ def _offline_case(
     batch, channels, size = 32, 384, 20
     name = "*fp32" if dtype == torch.float32 else "*bf16"
     channels_last = layout == "channels_last"
-    plan = gather_plan(batch, channels, size * size, dtype, channels_last)
+    plan = gather_plan(batch, channels, size * size, kernel_size, dtype, channels_last)
     branches = 4
     constants: dict[str, object] = {
         "R": branches,
