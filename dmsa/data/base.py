@@ -97,7 +97,7 @@ def open_image(path: str | os.PathLike) -> Image.Image:
         return Image.open(path)
     except FileNotFoundError:
         raise
-    except _UNREADABLE as error:
+    except Exception as error:  # Pillow's format plugins raise whatever a broken header leads them to
         raise CorruptImageError(path, error) from error
 
 
@@ -154,9 +154,21 @@ def file_names(folder: Path) -> set[str]:
         return {entry.name for entry in entries}
 
 
+def read_text(path: Path) -> str:
+    """Return the text of a UTF-8 file.
+
+    Raises:
+        ValueError: it holds something else; the message names the file.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a text file in UTF-8: {error}") from error
+
+
 def read_list(path: Path) -> list[str]:
     """Return the first word of every non-empty line of a split list."""
-    return [line.split()[0] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [line.split()[0] for line in read_text(path).splitlines() if line.strip()]
 
 
 def thin(items: list, limit: int | None) -> list:

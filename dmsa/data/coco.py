@@ -89,9 +89,12 @@ class Instances:
         self.path = path
         try:
             content = json.loads(path.read_bytes())
-            images, annotations = content["images"], content["annotations"]
-        except (ValueError, KeyError, TypeError) as error:
+            self._pack(content["images"], content["annotations"], category_ids)
+        except (LookupError, TypeError, AttributeError, ArithmeticError, UnicodeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is not a COCO annotation file: {type(error).__name__}: {error}") from error
+
+    def _pack(self, images: list[dict], annotations: list[dict], category_ids: dict[int, int]) -> None:
+        path = self.path
         unknown = sorted({a["category_id"] for a in annotations} - set(category_ids))
         if unknown:
             raise ValueError(f"{path} has categories outside the table: {unknown}; expected COCO's 80 category ids")
@@ -112,20 +115,30 @@ class Instances:
         self._outlines = np.frombuffer(b"".join(outlines), dtype=np.uint8)
 
     def draw(self, index: int) -> np.ndarray:
-        """Return the label of image `index`, uint8 `[H, W]`: 0 = background, 255 = crowd where no instance is."""
+        """Return the label of image `index`, uint8 `[H, W]`: 0 = background, 255 = crowd where no instance is.
+
+        Raises:
+            ValueError: an outline is malformed; the message names the file and the image.
+        """
         from pycocotools import mask as coco_mask
 
         height, width = self.sizes[index].tolist()
         label = np.zeros((height, width), dtype=np.uint8)
         for i in range(self._first[index], self._first[index + 1]):
             outline = json.loads(self._outlines[self._offset[i] : self._offset[i + 1]].tobytes())
-            if isinstance(outline, list):
-                region = coco_mask.merge(coco_mask.frPyObjects(outline, height, width))
-            elif isinstance(outline["counts"], list):
-                region = coco_mask.frPyObjects(outline, height, width)
-            else:
-                region = outline
-            label[coco_mask.decode(region) != 0] = self._class[i]
+            try:
+                if isinstance(outline, list):
+                    region = coco_mask.merge(coco_mask.frPyObjects(outline, height, width))
+                elif isinstance(outline["counts"], list):
+                    region = coco_mask.frPyObjects(outline, height, width)
+                else:
+                    region = outline
+                label[coco_mask.decode(region) != 0] = self._class[i]
+            except Exception as error:  # pycocotools raises bare Exceptions
+                raise ValueError(
+                    f"{self.path} has an outline of image {self.names[index]} that cannot be drawn on its {height} x "
+                    f"{width} pixels: {type(error).__name__}: {error}"
+                ) from error
         return label
 
 

@@ -23,6 +23,7 @@ from dmsa.data.base import (
     label_lookup,
     map_label,
     read_mask,
+    read_text,
     require_files,
     thin,
 )
@@ -46,7 +47,7 @@ def read_classes(path: Path) -> tuple[list[str], int, bool]:
     Raises:
         ValueError: no names, an unknown kind, things after stuff, or more than 254 classes.
     """
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     if not 1 <= len(lines) <= 254:
         raise ValueError(f"{path} names {len(lines)} classes; expected 1..254, one per line")
     names = [line.rsplit(",", 1)[0].strip() for line in lines]

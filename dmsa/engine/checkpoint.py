@@ -33,7 +33,15 @@ from dmsa.config import Config, differences, to_dict
 from dmsa.engine.files import link_atomically, remove_leftovers, write_atomically
 
 VERSION = 1
-REQUIRED = ("config", "student", "epoch", "step", "rng", "optimizer", "dataset")
+REQUIRED = {
+    "config": dict,
+    "student": dict,
+    "epoch": int,
+    "step": int,
+    "rng": list,
+    "optimizer": dict,
+    "dataset": dict,
+}
 MAY_CHANGE = (
     "out",
     "data.root",
@@ -97,6 +105,9 @@ def load(path: str | Path) -> dict[str, Any]:
     missing = [key for key in REQUIRED if not isinstance(state, dict) or key not in state]
     if missing:
         raise ValueError(f"{path} is not a checkpoint of train.py: it lacks {', '.join(missing)}")
+    for key, kind in REQUIRED.items():
+        if not isinstance(state[key], kind):
+            raise ValueError(f"{path}: {key} is a {type(state[key]).__name__}, expected a {kind.__name__}")
     if state.get("version") != VERSION:
         raise ValueError(f"{path} has checkpoint layout {state.get('version')}, this program reads {VERSION}")
     return state

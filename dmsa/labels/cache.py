@@ -65,6 +65,19 @@ def save_arrays(path: Path, **arrays: np.ndarray) -> None:
 
 
 def load_arrays(path: Path) -> dict[str, np.ndarray]:
-    """Read an `.npz` file of plain arrays."""
-    with np.load(path, allow_pickle=False) as content:
-        return {key: content[key] for key in content.files}
+    """Read an `.npz` file of plain arrays.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is truncated or damaged, or holds something else; nothing in it is executed.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            return {key: content[key] for key in content.files}
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # zip, deflate and array headers each fail in their own ways
+        raise ValueError(
+            f"{path} cannot be read as plain arrays ({type(error).__name__}: {error}); "
+            "delete it, and the next run makes it anew"
+        ) from error

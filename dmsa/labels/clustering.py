@@ -55,8 +55,12 @@ class Centroids:
         arrays = load_arrays(Path(path))
         if set(arrays) != {"vectors", "counts", "provenance"}:
             raise ValueError(f"{path} holds {sorted(arrays)}, not centroids")
-        n_things, n_stuff = map(int, arrays["counts"])
-        return cls(torch.from_numpy(arrays["vectors"]), n_things, n_stuff, json.loads(str(arrays["provenance"])))
+        try:
+            n_things, n_stuff = map(int, arrays["counts"])
+            provenance = json.loads(str(arrays["provenance"]))
+            return cls(torch.from_numpy(arrays["vectors"]), n_things, n_stuff, provenance)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} holds no centroids: {error}") from error
 
 
 def cluster(bank: FeatureBank, n_things: int, n_stuff: int, seed: int = 0) -> Centroids:

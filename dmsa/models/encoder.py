@@ -380,8 +380,6 @@ def _read(path: Path) -> dict[str, Tensor]:
         # DINO's full checkpoints also hold the training arguments as a Namespace, which is plain data
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
     except Exception as error:  # what is no checkpoint makes the unpickler raise almost anything
         raise ValueError(
             f"{path} cannot be read as a checkpoint of plain tensors (only such files are loaded): {error}"
