@@ -98,7 +98,7 @@ def save_encoder(vit: nn.Module, path: Path) -> None:
 
 
 def _formula(config: PretrainConfig, vit: nn.Module):
-    from dmsa.pretrain.formula import FormulaHead, draw_batch, draw_categories, formula_loss, targets
+    from dmsa.pretrain.formula import NAMES_FIRST, FormulaHead, draw_batch, draw_categories, formula_loss, targets
     from dmsa.pretrain.quality import normalise, tokens_and_attention
 
     categories = draw_categories(config.categories, config.seed)
@@ -114,7 +114,9 @@ def _formula(config: PretrainConfig, vit: nn.Module):
         with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
             tokens, attention = tokens_and_attention(vit, normalise(images))
         tokens = torch.cat([tokens[:, :1], tokens[:, vit.num_prefix_tokens :]], dim=1).float()
-        return formula_loss(head, tokens, attention.float(), targets(owner, patch, config.categories))
+        wanted = targets(owner, patch, config.categories)
+        names_only = step < NAMES_FIRST * config.steps
+        return formula_loss(head, tokens, attention.float(), wanted, names_only=names_only)
 
     return nn.ModuleDict({"vit": vit, "head": head}), loss_of_step, lambda step: None
 

@@ -239,9 +239,6 @@ def targets(owner: Tensor, patch: int, categories: int) -> Targets:
 class FormulaHead(nn.Module):
     """One cosine classifier for class token and patches, and an easier auxiliary task.
 
-    The background is no direction of its own but the absence of all others: its logit is a learnt constant, so that
-    background patches must point away from every category.
-
     Hundreds of categories give hardly a gradient to an untrained network. The auxiliary linear layer names only the
     category's operator (one of seven) and gets learning off the ground; it is dropped with the head.
 
@@ -255,8 +252,8 @@ class FormulaHead(nn.Module):
     def __init__(self, dim: int, operator: Tensor) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(len(operator), dim) * dim**-0.5)
+        self.background = nn.Linear(dim, 1)
         self.log_scale = nn.Parameter(torch.tensor(math.log(12.0)))
-        self.background = nn.Parameter(torch.tensor(math.log(len(operator))))
         self.auxiliary = nn.Linear(dim, len(OPERATORS))
         self.register_buffer("operator", operator.clone(), persistent=False)
 
@@ -265,11 +262,26 @@ class FormulaHead(nn.Module):
         scale = self.log_scale.clamp(max=math.log(40.0)).exp()
         return scale * F.linear(F.normalize(tokens, dim=-1), F.normalize(self.weight, dim=-1))
 
+    def with_background(self, tokens: Tensor, absence: bool) -> Tensor:
+        """``[..., D]`` → logits ``[..., categories + 1]``, the last one the background's.
 
-CLASS_WEIGHT, PATCH_WEIGHT, OPERATOR_WEIGHT, ATTENTION_WEIGHT = 1.0, 1.0, 0.25, 0.5
+        Args:
+            tokens: Final patch tokens.
+            absence: The background's logit is a constant instead of a linear function: background patches must then
+                point away from every category, and cosines with class tokens tell objects from background.
+        """
+        constant = self.background.bias.expand(*tokens.shape[:-1], 1)
+        return torch.cat([self(tokens), constant if absence else self.background(tokens)], dim=-1)
 
 
-def formula_loss(head: FormulaHead, tokens: Tensor, attention: Tensor, wanted: Targets) -> dict[str, Tensor]:
+OPERATOR_WEIGHT, ATTENTION_WEIGHT = 0.5, 0.5
+NAMES_FIRST = 0.6
+"""Share of the training before attention and absence count: learning names at the same time takes far longer."""
+
+
+def formula_loss(
+    head: FormulaHead, tokens: Tensor, attention: Tensor, wanted: Targets, *, names_only: bool = False
+) -> dict[str, Tensor]:
     """Sum of four cross-entropies, and accuracies.
 
     The class token names the categories (in the proportion of their areas), every patch its own or the background;
@@ -281,12 +293,12 @@ def formula_loss(head: FormulaHead, tokens: Tensor, attention: Tensor, wanted: T
         tokens: Final tokens ``[B, 1 + N, D]``, the class token first.
         attention: The last block's class-token attention to the patches, mean over heads, ``[B, N]``.
         wanted: From `targets`.
+        names_only: Leave the attention alone, and let the background be a direction of its own.
     """
     of_class = head(tokens[:, 0])
     known = wanted.patches >= 0
     patches, names = tokens[:, 1:][known], wanted.patches[known]
-    of_patches = head(patches)
-    of_patches = torch.cat([of_patches, head.background.expand(len(names), 1)], dim=-1)
+    of_patches = head.with_background(patches, absence=not names_only)
     loss_class = -(wanted.shares * of_class.log_softmax(-1)).sum(-1).mean()
     loss_patch = F.cross_entropy(of_patches, names, reduction="sum") / max(len(names), 1)
     things = names < wanted.shares.shape[1]
@@ -302,10 +314,10 @@ def formula_loss(head: FormulaHead, tokens: Tensor, attention: Tensor, wanted: T
         accuracy = (of_class.argmax(-1) == wanted.shares.argmax(-1)).float().mean()
         accuracy_patch = (of_patches.argmax(-1) == names).float().sum() / max(len(names), 1)
     return {
-        "loss": CLASS_WEIGHT * loss_class
-        + PATCH_WEIGHT * loss_patch
+        "loss": loss_class
+        + loss_patch
         + OPERATOR_WEIGHT * loss_operator
-        + ATTENTION_WEIGHT * loss_attention,
+        + (0.0 if names_only else ATTENTION_WEIGHT) * loss_attention,
         "loss_class": loss_class,
         "loss_patch": loss_patch,
         "loss_operator": loss_operator,

@@ -181,6 +181,21 @@ def test_a_picture_without_objects_has_only_background():
     assert figures["loss_patch"] > 0
 
 
+def test_names_come_first():
+    owner = torch.full((1, 8, 8), -1)
+    owner[0, :4] = 0
+    wanted = targets(owner, 4, 2)
+    head, attention = FormulaHead(16, torch.tensor([0, 1])), torch.full((1, 4), 0.25, requires_grad=True)
+    tokens = torch.randn(1, 5, 16)
+    formula_loss(head, tokens, attention, wanted, names_only=True)["loss"].backward()
+    assert attention.grad is None or attention.grad.abs().max() == 0
+    assert head.background.weight.grad.abs().max() > 0
+    head.zero_grad()
+    formula_loss(head, tokens, attention, wanted)["loss"].backward()
+    assert attention.grad.abs().max() > 0
+    assert head.background.weight.grad is None or head.background.weight.grad.abs().max() == 0
+
+
 def test_attention_costs_least_on_the_objects():
     owner = torch.full((1, 8, 8), -1)
     owner[0, :4] = 0

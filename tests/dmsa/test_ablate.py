@@ -1,0 +1,69 @@
+"""`dmsa ablate`: the switches, the table, and a run through all rows with a stand-in for the trainer."""
+
+from __future__ import annotations
+
+import csv
+
+import pytest
+
+from dmsa.config import load_preset, resolve_method, to_dict
+from dmsa.engine.ablate import ROWS, AblateConfig, ablate, arrival, main, switch, table
+
+
+def test_switches_are_the_methods():
+    import dataclasses
+
+    base = load_preset("shapes")
+    assert switch(base, True, True, True) == base
+    baseline = resolve_method(dataclasses.replace(base, method="transfgu"))
+    assert to_dict(switch(base, False, False, False)) == {**to_dict(baseline), "method": "dmsa"}
+    assert len({str(switch(base, *parts)) for parts in ROWS.values()}) == len(ROWS)
+
+
+def test_arrival_by_hand():
+    assert arrival([10, 20, 29.5, 30, 25]) == 3
+    assert arrival([5]) == 1
+    assert arrival([30, 10, 29.5]) == 1
+    with pytest.raises(ValueError, match="empty"):
+        arrival([])
+
+
+def test_table_by_hand():
+    runs = [
+        [{"epoch": 0, "miou": 0.10, "accuracy": 0.5}, {"epoch": 1, "miou": 0.30, "accuracy": 0.7}],
+        [{"epoch": 0, "miou": 0.20, "accuracy": 0.9}, {"epoch": 1, "miou": 0.10, "accuracy": 0.7}],
+    ]
+    *_, line = table({"+ PAR": runs})
+    assert line == "| + PAR |  | yes |  | 25.00 ± 7.07 | 80.00 ± 14.14 | 20.00 ± 14.14 | 1.5 ± 0.7 | 1.5 ± 0.7 |"
+
+
+def test_every_row_and_seed_is_trained_and_written(monkeypatch, tmp_path):
+    seen = []
+
+    def stand_in(config):
+        seen.append(config)
+        better = 0.1 * ((config.model.aspp != "off") + (config.labels.par == "on") + (config.losses.seg > 0))
+        return {"scores": [{"epoch": e, "miou": 0.1 * e + better, "accuracy": 0.5} for e in range(3)]}
+
+    monkeypatch.setattr("dmsa.engine.trainer.train", stand_in)
+    options = AblateConfig(out=str(tmp_path / "runs"), results=str(tmp_path / "results"), seeds=(0, 4), epochs=3)
+    lines = ablate(options)
+    assert len(seen) == 2 * len(ROWS)
+    assert len({config.out for config in seen}) == len(seen)
+    assert {config.train.seed for config in seen} == {0, 4}
+    assert all(config.train.epochs == 3 and not config.train.baselines for config in seen)
+    assert "--epochs 3" in lines[2]
+    with (tmp_path / "results/ablation_shapes.csv").open() as stream:
+        entries = list(csv.DictReader(stream))
+    assert len(entries) == 2 * 3 * len(ROWS)
+    best = {row: max(float(e["miou"]) for e in entries if e["row"] == row) for row in ROWS}
+    assert max(best, key=best.get) == "DMSA (+ ASPP + PAR + seg)"
+    assert (tmp_path / "results/ablation_shapes.png").stat().st_size > 1000
+    assert "50.00 ± 0.00" in (tmp_path / "results/ablation_shapes.md").read_text()
+
+
+def test_no_seed_is_an_error(capsys):
+    with pytest.raises(ValueError, match="seed"):
+        ablate(AblateConfig(seeds=()))
+    assert main(["--preset", "no_such_preset"]) == 1
+    assert "no_such_preset" in capsys.readouterr().err
