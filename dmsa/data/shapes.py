@@ -21,7 +21,7 @@ DEFAULT_COUNT = {"train": 1200, "val": 240}
 MIN_SIZE = 32
 RADIUS = (0.21, 0.32)
 """Radius of an object's circumscribed circle, as a fraction of the image side."""
-PERIOD = (0.066, 0.086)
+PERIOD = (0.056, 0.072)
 """Period of a texture, as a fraction of the image side (8.4 to 11 pixels of 128)."""
 VISIBLE = 0.45
 """Smallest part of an object that must show, counted inside the image and in front of the other objects."""
