@@ -77,8 +77,8 @@ def _zigzag(u: np.ndarray, v: np.ndarray, rng: np.random.Generator) -> np.ndarra
 
 
 def _speckle(u: np.ndarray, v: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    # Value noise: random heights on a lattice of 0.45 periods, interpolated bilinearly and cut at their mean.
-    u, v = u / 0.45, v / 0.45
+    # Value noise: random heights on a lattice of 0.75 periods, interpolated bilinearly and cut at their mean.
+    u, v = u / 0.75, v / 0.75
     i, j = np.floor(u), np.floor(v)
     fu, fv = u - i, v - j
     heights = rng.random((64, 64), dtype=np.float32)
