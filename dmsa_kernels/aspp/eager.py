@@ -27,11 +27,11 @@ def multi_dilation_dwconv(
 ) -> Tensor:
     """Compute ``[B, R * C, H, W]`` (``reduce="concat"``) or ``[B, C, H, W]`` (``"sum"``) from ``x [B, C, H, W]``."""
     branches, channels = weight.shape[:2]
+    out = empty_map(x, channels * (1 if reduce == "sum" else branches))
     if reduce == "concat" and all(library_is_faster(x, weight.shape[-1], d, joined=False) for d in dilations):
         # All branches at once: joining whole branches is faster than copying each to its place.
         joined = torch.cat([_library_branch(x, weight, bias, dilations, r) for r in range(branches)], 1)
-        return joined.contiguous(memory_format=torch.channels_last if is_channels_last(x) else torch.contiguous_format)
-    out = empty_map(x, channels * (1 if reduce == "sum" else branches))
+        return joined if joined.stride() == out.stride() else out.copy_(joined)
     outs = [out] if reduce == "sum" else _split(out, branches)
     _convolve([x] * branches, weight, bias, dilations, outs)
     return out

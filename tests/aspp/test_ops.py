@@ -22,6 +22,16 @@ def test_opcheck_forward(layout, reduce):
     torch.library.opcheck(ops.multi_dilation_dwconv, (*leaves, [1, 3], reduce, "eager"))
 
 
+@pytest.mark.parametrize("shape", [(1, 4, 1, 1), (1, 4, 1, 6), (2, 4, 6, 1), (1, 1, 5, 5), (0, 4, 5, 5)])
+@pytest.mark.parametrize("layout", ["nchw", "tokens"])
+@pytest.mark.parametrize("rates", [[1, 2], [1, 9]])
+def test_fake_strides_of_degenerate_maps(shape, layout, rates):
+    x, weight, _ = make(shape, rates, layout=layout)
+    with torch._subclasses.FakeTensorMode() as mode:
+        fake = ops.multi_dilation_dwconv(mode.from_tensor(x), mode.from_tensor(weight), None, rates, "concat", "eager")
+    assert ops.multi_dilation_dwconv(x, weight, None, rates, "concat", "eager").stride() == fake.stride()
+
+
 @pytest.mark.parametrize("needs", [(True, True, True), (False, True, False), (True, False, False)])
 @pytest.mark.parametrize("layout", ["nchw", "tokens"])
 def test_opcheck_backward(needs, layout):
