@@ -37,14 +37,15 @@ def test_opcheck_affinity(backend, fast):
 def test_opcheck_propagation(backend, valid):
     require_backend(backend)
     _, weights, masks = _tensors(requires_grad=backend != "triton")
-    torch.library.opcheck(OPS.propagate.default, (weights, masks, [1, 2], 2, valid, backend))
+    num_iter = 1 if backend == "triton" else 2  # each opcheck runs the kernels about ten times, interpreted
+    torch.library.opcheck(OPS.propagate.default, (weights, masks, [1, 2], num_iter, valid, backend))
     weights, masks = weights.detach(), masks.detach()
-    torch.library.opcheck(OPS.propagate_labels.default, (weights, masks, [1, 2], 2, valid, backend))
+    torch.library.opcheck(OPS.propagate_labels.default, (weights, masks, [1, 2], num_iter, valid, backend))
     if backend == "reference":
         return  # as above
-    for needs in ((True, True), (True, False), (False, True)):
+    for needs in ((True, True),) if backend == "triton" else ((True, True), (True, False), (False, True)):
         torch.library.opcheck(
-            OPS.propagate_backward.default, (masks, weights, masks, [1, 2], 2, valid, *needs, backend)
+            OPS.propagate_backward.default, (masks, weights, masks, [1, 2], num_iter, valid, *needs, backend)
         )
 
 
