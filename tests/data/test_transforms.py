@@ -236,3 +236,24 @@ def test_limits_spread_over_the_set(tmp_path):
         build(dataclasses.replace(config, val_images=0), "val")
     with pytest.raises(IndexError, match="index=6"):
         train[6]
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_files_decoded_at_a_smaller_scale_keep_the_geometry(tmp_path, split):
+    """A JPEG much larger than the crop is decoded at a fraction of its size; its mask is not."""
+    height, width = 601, 799  # no multiple of the decoder's 8
+    image, label = coded(height, width)
+    (tmp_path / "images").mkdir()
+    Image.fromarray(image).save(tmp_path / "images/a.jpg", quality=98, subsampling=0)
+    fixtures.write_palette(tmp_path / "masks/a.png", label)
+    config = DataConfig(name="folder", root=str(tmp_path), size=64, crop=32, repeat=20)
+    data = build(config, split, seed=1)
+    with Image.open(tmp_path / "images/a.jpg") as opened:
+        opened.draft("RGB", (64, 64))
+        assert opened.size[0] < width / 4  # or this test tests nothing
+    for index in range(len(data)):
+        sample = data[index]
+        column, row = 8 * sample["guide"][0], 8 * sample["guide"][1]
+        inside = ((column % 1 - 0.5).abs() < 0.35) & ((row % 1 - 0.5).abs() < 0.35)
+        assert inside.float().mean() > 0.3
+        assert torch.equal((row.long() * 8 + column.long())[inside], sample["label"][inside])
