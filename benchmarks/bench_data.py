@@ -224,9 +224,9 @@ def test_data(measure, row):
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=64, help="photographs")
+    parser.add_argument("--images", type=int, default=16, help="photographs")
     parser.add_argument("--masks", type=int, default=1000, help="synthetic predictions of 320 x 320")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=15)
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(f"one process of {os.cpu_count()} cores; medians of {options.repeats} interleaved repeats")

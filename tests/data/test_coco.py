@@ -115,10 +115,22 @@ def test_broken_annotation_files_are_named(tmp_path):
     fixtures.coco(tmp_path, maps=False)
     path = tmp_path / "annotations/instances_val2017.json"
     content = json.loads(path.read_text())
+    category = content["annotations"][0]["category_id"]
     content["annotations"][0]["category_id"] = 12
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"instances_val2017\.json has categories outside the table: \[12\]"):
         build(config(tmp_path, "coco80"), "val")
+    content["annotations"][0]["category_id"] = category
+    for part, key in (("annotations", "image_id"), ("images", "height")):
+        broken = json.loads(json.dumps(content))
+        del broken[part][1][key]
+        path.write_text(json.dumps(broken))
+        with pytest.raises(ValueError, match=rf"instances_val2017\.json is not a COCO annotation file: .*'{key}'"):
+            build(config(tmp_path, "coco80"), "val")
+    content["annotations"][0]["segmentation"] = [[1.0, 2.0]]
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"instances_val2017\.json has an outline of image 000000000001 that cannot be"):
+        build(config(tmp_path, "coco80"), "val").raw(0)
     path.write_text("{")
     with pytest.raises(ValueError, match=r"instances_val2017\.json is not a COCO annotation file"):
         build(config(tmp_path, "coco80"), "val")

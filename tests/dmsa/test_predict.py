@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ from dmsa.engine import checkpoint
 from dmsa.engine.predict import find_images, load_predictor, output_names
 from dmsa.engine.trainer import train
 from dmsa.visualize import colourise, heatmap, name_regions, overlay, panel
-from tests.dmsa.runs import ROOT, tiny_config
+from tests.dmsa.runs import ROOT, lines, tiny_config
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -52,6 +53,18 @@ def test_predictor_gives_the_students_logits(run):
     assert torch.equal(logits, expected.detach())
     assert predictor.predict(images, (50, 70)).shape == (2, 7, 50, 70)
     assert not logits.requires_grad
+
+
+def test_dmsa_eval_scores_what_the_run_logged(run, capsys):
+    assert cli.main(["eval", "--checkpoint", str(run), "--format", "json", "--workers", "0", "--batch", "3"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    logged = [line for line in lines(run) if "miou" in line][-1]
+    assert (values["dataset"], values["images"], values["size"]) == ("shapes", 4, 48)
+    assert values["miou"] == pytest.approx(100 * logged["miou"], abs=1e-9)
+    assert values["accuracy"] == pytest.approx(100 * logged["accuracy"], abs=1e-9)
+    assert [entry["cluster"] for entry in values["classes"]] == load_predictor(run).assignment
+    assert cli.main(["eval", "--checkpoint", str(run), "--protocol", "native", "--workers", "0"]) == 0
+    assert "protocol  native: all images" in capsys.readouterr().out
 
 
 def test_fixed_rates_are_used_where_the_run_says_so(run, tmp_path):
