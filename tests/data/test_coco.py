@@ -129,7 +129,9 @@ def test_broken_annotation_files_are_named(tmp_path):
             build(config(tmp_path, "coco80"), "val")
     content["annotations"][0]["segmentation"] = [[1.0, 2.0]]
     path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"instances_val2017\.json has an outline of image 000000000001 that cannot be"):
+    with pytest.raises(
+        ValueError, match=r"instances_val2017\.json has an outline of image 000000000001 that cannot be"
+    ):
         build(config(tmp_path, "coco80"), "val").raw(0)
     path.write_text("{")
     with pytest.raises(ValueError, match=r"instances_val2017\.json is not a COCO annotation file"):
