@@ -38,6 +38,8 @@ class PretrainConfig:
     """Share of the steps over which the rate falls to zero."""
     categories: int = 400
     """Number of procedural categories (recipe `formula`)."""
+    patch_weight: float = 1.0
+    """Weight of the patches' own labels (recipe `formula`); 0 trains the class token alone, as DINO does."""
     prototypes: int = 512
     """Number of prototypes of the head (recipe `dino`)."""
     local_crops: int = 4
@@ -116,7 +118,9 @@ def _formula(config: PretrainConfig, vit: nn.Module):
         tokens = torch.cat([tokens[:, :1], tokens[:, vit.num_prefix_tokens :]], dim=1).float()
         wanted = targets(owner, patch, config.categories)
         names_only = step < NAMES_FIRST * config.steps
-        return formula_loss(head, tokens, attention.float(), wanted, names_only=names_only)
+        return formula_loss(
+            head, tokens, attention.float(), wanted, names_only=names_only, patch_weight=config.patch_weight
+        )
 
     return nn.ModuleDict({"vit": vit, "head": head}), loss_of_step, lambda step: None
 
@@ -137,6 +141,8 @@ def pretrain(config: PretrainConfig) -> dict[str, object]:
     for name in ("steps", "batch", "size", "threads", "log_every"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name}={getattr(config, name)}: expected at least 1")
+    if not 0 <= config.patch_weight < float("inf"):
+        raise ValueError(f"patch_weight={config.patch_weight}: expected a number of at least 0")
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     vit = build_backbone(config.encoder, config.size)

@@ -280,7 +280,13 @@ NAMES_FIRST = 0.6
 
 
 def formula_loss(
-    head: FormulaHead, tokens: Tensor, attention: Tensor, wanted: Targets, *, names_only: bool = False
+    head: FormulaHead,
+    tokens: Tensor,
+    attention: Tensor,
+    wanted: Targets,
+    *,
+    names_only: bool = False,
+    patch_weight: float = 1.0,
 ) -> dict[str, Tensor]:
     """Sum of four cross-entropies, and accuracies.
 
@@ -294,6 +300,7 @@ def formula_loss(
         attention: The last block's class-token attention to the patches, mean over heads, ``[B, N]``.
         wanted: From `targets`.
         names_only: Leave the attention alone, and let the background be a direction of its own.
+        patch_weight: Weight of what the patches name, categories and operators.
     """
     of_class = head(tokens[:, 0])
     known = wanted.patches >= 0
@@ -305,9 +312,8 @@ def formula_loss(
     patches, of_patches, names = patches[things], of_patches[things], names[things]
     operators = wanted.shares @ F.one_hot(head.operator, len(OPERATORS)).to(wanted.shares.dtype)
     loss_operator = -(operators * head.auxiliary(tokens[:, 0]).log_softmax(-1)).sum(-1).mean()
-    loss_operator = loss_operator + F.cross_entropy(
-        head.auxiliary(patches), head.operator[names], reduction="sum"
-    ) / max(len(names), 1)
+    of_operators = F.cross_entropy(head.auxiliary(patches), head.operator[names], reduction="sum")
+    loss_operator = loss_operator + patch_weight * of_operators / max(len(names), 1)
     spread = attention / attention.sum(-1, keepdim=True)
     loss_attention = -(wanted.attention * (spread + 1e-6).log()).sum(-1).mean()
     with torch.no_grad():
@@ -315,7 +321,7 @@ def formula_loss(
         accuracy_patch = (of_patches.argmax(-1) == names).float().sum() / max(len(names), 1)
     return {
         "loss": loss_class
-        + loss_patch
+        + patch_weight * loss_patch
         + OPERATOR_WEIGHT * loss_operator
         + (0.0 if names_only else ATTENTION_WEIGHT) * loss_attention,
         "loss_class": loss_class,

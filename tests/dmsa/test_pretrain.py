@@ -181,6 +181,17 @@ def test_a_picture_without_objects_has_only_background():
     assert figures["loss_patch"] > 0
 
 
+def test_patches_can_be_left_untrained():
+    owner = torch.full((1, 8, 8), -1)
+    owner[0, :4] = 0
+    head, tokens = FormulaHead(16, torch.tensor([0, 1])), torch.randn(1, 5, 16, requires_grad=True)
+    for weight, trained in ((0.0, False), (1.0, True)):
+        figures = formula_loss(head, tokens, torch.full((1, 4), 0.25), targets(owner, 4, 2), patch_weight=weight)
+        (gradient,) = torch.autograd.grad(figures["loss"], tokens)
+        assert gradient[:, 0].abs().max() > 0
+        assert bool(gradient[:, 1:].abs().max() > 0) == trained
+
+
 def test_names_come_first():
     owner = torch.full((1, 8, 8), -1)
     owner[0, :4] = 0
@@ -344,6 +355,7 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
         (["--size", "30"], "multiple of the patch size"),
         (["--steps", "0"], "steps=0"),
         (["--categories", "1"], "at least 2 categories"),
+        (["--patch-weight", "-1"], "patch_weight=-1"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message, tmp_path, capsys):
