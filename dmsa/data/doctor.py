@@ -59,7 +59,12 @@ class Finding:
     @property
     def usable(self) -> bool:
         """Whether both splits can be built and nothing that was decoded is broken."""
-        return all(split.error is None and not split.broken for split in self.splits)
+        return not self.bad_splits
+
+    @property
+    def bad_splits(self) -> list[str]:
+        """Names of the splits that cannot be built or have broken files."""
+        return [split.name for split in self.splits if split.error is not None or split.broken]
 
     @property
     def begun(self) -> bool:
@@ -128,7 +133,8 @@ def _file_line(file: dict[str, Any]) -> str:
 
 def describe(finding: Finding) -> str:
     """Return a finding as text."""
-    lines = [f"{finding.name}: {'usable' if finding.usable else 'NOT usable'}"]
+    state = "usable" if finding.usable else f"NOT usable for {' and '.join(finding.bad_splits)}"
+    lines = [f"{finding.name}: {state}"]
     lines += [_file_line(file) for file in finding.files]
     for split in finding.splits:
         if split.error is not None:

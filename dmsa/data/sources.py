@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from dmsa.data.coco import CURATED_FILE, curated_file, image_folder, map_folder
+from dmsa.data.coco import curated_file, image_folder, map_folder
 from dmsa.data.voc import AUG_LISTS, sbd_root
 
 COCO_SITE = "cocodataset.org/#download"
@@ -151,5 +151,5 @@ def items(name: str, root: Path) -> list[Item]:
         )
     path = curated_file(root, "val2017")
     need = "only for the protocol stego"
-    found.append(Item(path, "curated list", None, 2175, CURATED_FILE, "`dmsa prepare` makes it from the maps", need))
+    found.append(Item(path, "curated list", None, 2175, "-", "`dmsa prepare` makes it from the maps", need))
     return found

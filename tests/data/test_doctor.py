@@ -33,7 +33,7 @@ def test_missing_files_come_with_their_source_one_by_one(tmp_path, capsys):
     assert main(["--root", str(tmp_path), "--name", "voc"]) == 1
     text = capsys.readouterr().out
     source = "from VOCtrainval_11-May-2012.tar, host.robots.ox.ac.uk/pascal/VOC/voc2012 (needed)"
-    assert text.startswith("voc: NOT usable\n  missing  list of the training images ")
+    assert text.startswith("voc: NOT usable for train and val\n  missing  list of the training images ")
     for path in (voc / "ImageSets/Segmentation/train.txt", voc / "SegmentationClass"):
         assert f"{path}: {source}" in text
     assert "1 of 2 split lists are missing" in text
@@ -67,11 +67,11 @@ def test_without_a_name_all_that_was_begun_is_looked_at(tmp_path, capsys):
     fixtures.voc(tmp_path)
     assert main([str(tmp_path)]) == 0
     heads = [line for line in capsys.readouterr().out.splitlines() if line and not line.startswith(" ")]
-    assert heads == ["voc: usable", "voc_aug: NOT usable"]
+    assert heads == ["voc: usable", "voc_aug: NOT usable for train"]
     shutil.rmtree(tmp_path / "VOCdevkit")
     assert main([str(tmp_path)]) == 1
     heads = [line for line in capsys.readouterr().out.splitlines() if line and not line.startswith(" ")]
-    assert heads == [f"{name}: NOT usable" for name in ("voc", "voc_aug", "coco80", "coco_stuff27")]
+    assert heads == [f"{name}: NOT usable for train and val" for name in ("voc", "voc_aug", "coco80", "coco_stuff27")]
 
 
 def test_coco_says_which_labels_are_used_and_what_is_not_needed(tmp_path, capsys):
@@ -84,6 +84,7 @@ def test_coco_says_which_labels_are_used_and_what_is_not_needed(tmp_path, capsys
     assert main([str(tmp_path), "--name", "coco_stuff27"]) == 1
     text = capsys.readouterr().out
     maps = tmp_path / "stuffthingmaps/val2017"
+    assert f"{CURATED_FILE}: `dmsa prepare` makes it from the maps (only for the protocol stego)" in text
     assert f"{maps}: from stuffthingmaps_trainval2017.zip, github.com/nightrome/cocostuff" in text
     assert "train 3 images (officially 118287), no labels (cannot be scored)" in text
     fixtures.coco(tmp_path, "val2017")
