@@ -171,6 +171,7 @@ class Trainer:
         if found is not None:
             return found["centroids"]
         cache = Path(self.config.out) / "cache"
+        say(f"class centroids: made from the training images before the first epoch, kept in {cache}")
         made = prepare_centroids(self.encoder, self.train_data, self.config, cache)
         return {
             "vectors": made.vectors,
