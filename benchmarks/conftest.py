@@ -54,6 +54,11 @@ def measure(benchmark, request):
         results = harness.measure(
             row, mach, seconds=config.getoption("--bench-row-seconds"), deadline=config.stash[DEADLINE]
         )
+        path = config.getoption("--bench-csv")
+        if path:
+            # Row by row, so that an interrupted run keeps what it has.
+            append = bool(config.stash[RESULTS]) or config.getoption("--bench-append")
+            harness.write_csv(results, path, append=append)
         config.stash[RESULTS].extend(results)
         for result in results:
             benchmark.extra_info[result.candidate] = (
@@ -90,5 +95,4 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     terminalreporter.write_line(harness.table(results))
     path = config.getoption("--bench-csv")
     if path:
-        harness.write_csv(results, path, append=config.getoption("--bench-append"))
         terminalreporter.write_line(f"written to {path}")
