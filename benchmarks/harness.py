@@ -556,8 +556,7 @@ def measure(
         first = row.inputs(device, 0)
         expected = None
         if row.reference is not None:
-            with torch.no_grad() if not _needs_grad(first) else contextlib.nullcontext():
-                expected = row.reference(*first)
+            expected = row.reference(*first)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -606,10 +605,6 @@ def measure(
         _rounds(row, results, timers, mach, seconds, min_rounds, max_rounds)
     _finish(row, results, mach)
     return results
-
-
-def _needs_grad(inputs: tuple) -> bool:
-    return any(tensor.requires_grad for tensor in tensors(list(inputs)))
 
 
 def _blank(row: Row, candidate: Candidate, mach: Machine) -> Result:
