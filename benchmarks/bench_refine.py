@@ -19,8 +19,9 @@ from benchmarks.harness import Candidate, Row
 from dmsa_kernels.backend import warmup
 from dmsa_kernels.refine import local_affinity, propagate, refine
 
-# Absolute bounds on scores in [0, 1]; "fast" rounds the affinity to 11 bits in every iteration.
-EXACT, FAST = 2e-6, 1e-2
+# Absolute bounds on scores in [0, 1]. "exact" promises 1e-5: PAMR on the smooth maps drawn here divides by small
+# deviations, and every float32 form, the baselines too, is 2e-6 to 4e-6 off. "fast" rounds the affinity to 11 bits.
+EXACT, FAST = 1e-5, 1e-2
 # Share of pixels whose label may differ from the reference's: random scores have near-ties.
 LABELS = 1e-3
 # Weights from which on only a corner of the map is checked against the reference, and the side of that corner.
