@@ -59,7 +59,9 @@ class Suite:
 
     @property
     def backend(self) -> str:
-        """The backend under test: the kernels where they can run, or what runs instead of them."""
+        """The backend under test: the one asked for, or the kernels where they can run and eager where not."""
+        if self.arguments.backend != "auto":
+            return self.arguments.backend
         return "triton" if why_not_triton(torch.empty(1, device=self.device)) is None else "eager"
 
     @property
@@ -606,6 +608,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", required=True, help="folder for log.txt and the CSV; made if it is not there")
     parser.add_argument("--device", default="auto", help="auto (the GPU if there is one), cuda or cpu")
+    parser.add_argument("--backend", default="auto", choices=("auto", "triton", "eager"), help="what the checks test")
     parser.add_argument("--sections", default="all", help=f"comma-separated, of {', '.join(SECTIONS)}; or all")
     parser.add_argument("--seconds", type=float, default=BUDGET_S, help="time budget of the whole call")
     parser.add_argument("--row-seconds", type=float, default=1.0, help="time of the timed rounds of one row")
