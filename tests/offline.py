@@ -33,6 +33,7 @@ MODULES = (
     "dmsa_kernels.refine.triton.backward",
     "dmsa_kernels.aspp.triton.forward",
     "dmsa_kernels.aspp.triton.backward",
+    "dmsa_kernels.aspp.triton.project",
 )
 TARGETS = ("sm_90", "sm_80", "sm_86", "sm_89", "sm_100", "gfx942")
 

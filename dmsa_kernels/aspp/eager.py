@@ -37,6 +37,17 @@ def multi_dilation_dwconv(
     return out
 
 
+def fused_dwconv_project(
+    x: Tensor, weight: Tensor, bias: Tensor | None, projection: Tensor, offset: Tensor | None, dilations: Sequence[int]
+) -> Tensor:
+    """Compute the branches, then their projection ``[B, O, H, W]``, by the library."""
+    y = F.conv2d(multi_dilation_dwconv(x, weight, bias, dilations, "concat"), projection[:, :, None, None])
+    if offset is not None:
+        y += offset[:, :, None, None]
+    out = empty_map(x, projection.shape[0])
+    return y if y.stride() == out.stride() else out.copy_(y)
+
+
 def multi_dilation_dwconv_backward(
     grad: Tensor,
     x: Tensor,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -63,6 +63,65 @@ def multi_dilation_dwconv(
     return out
 
 
+def fused_dwconv_project(
+    x: Tensor,
+    weight: Tensor,
+    projection: Tensor,
+    dilations: Sequence[int],
+    bias: Tensor | None = None,
+    offset: Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Project the branches of :func:`multi_dilation_dwconv` to O channels without keeping them.
+
+    ``y(b, o, q) = offset[b, o] + sum_rc projection[o, r * C + c] * y_r(b, c, q)``: what a 1 x 1 convolution of the
+    branches joined by ``reduce="concat"`` gives. The Triton kernel projects each depthwise tile, rounded to the dtype
+    of ``x``, from registers, and accumulates in float32 (float32 inputs in full precision, never TF32). Eager and
+    reference run the two operators one after the other. The backward pass computes the branches again.
+
+    Args:
+        x: ``[B, C, H, W]``, as in :func:`multi_dilation_dwconv`.
+        weight: ``[R, C, k, k]``, k in 3, 5, 7.
+        projection: ``[O, R * C]``, branch after branch, the dtype and device of ``x``.
+        dilations: R positive integers, in pixels.
+        bias: the branches' ``[R, C]`` or ``None``.
+        offset: ``[B, O]`` or ``None``: added to every pixel of an image (a bias expanded, an image-pooling branch).
+        backend: ``"auto"``, ``"triton"``, ``"eager"`` or ``"reference"``.
+
+    Returns:
+        ``[B, O, H, W]`` in the dtype (under autocast, the autocast dtype) and memory layout of ``x``.
+
+    Differentiable once in every tensor.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`multi_dilation_dwconv`, and for ``projection`` and ``offset``.
+    """
+    dilations = list(dilations)
+    check_arguments(x, weight, dilations, bias)
+    check_projection(x, weight, projection, offset)
+    if backend not in BACKENDS:
+        raise ValueError(f"{backend=} is not one of {', '.join(BACKENDS)}")
+    return ops.fused_dwconv_project(x, weight, bias, projection, offset, dilations, backend)
+
+
+def check_projection(x: Tensor, weight: Tensor, projection: Tensor, offset: Tensor | None) -> None:
+    """Raise the error that names what is wrong with ``projection`` or ``offset``; x and weight are checked already."""
+    width = weight.shape[0] * weight.shape[1]
+    if not isinstance(projection, Tensor):
+        raise TypeError(f"projection must be a torch.Tensor, got {type(projection).__name__}")
+    if projection.dim() != 2 or projection.shape[1] != width or projection.shape[0] == 0:
+        raise ValueError(f"{projection.shape=}, expected [O, R * C] = [at least 1, {width}]")
+    named = {"projection": projection}
+    if offset is not None:
+        if not isinstance(offset, Tensor):
+            raise TypeError(f"offset must be a torch.Tensor, got {type(offset).__name__}")
+        if offset.shape != (x.shape[0], projection.shape[0]):
+            raise ValueError(f"{offset.shape=}, expected [B, O] = [{x.shape[0]}, {projection.shape[0]}]")
+        named["offset"] = offset
+    check_alike(named, x)
+
+
 def check_arguments(x: Tensor, weight: Tensor, dilations: Sequence[int], bias: Tensor | None) -> None:
     """Raise the error that names the first argument of :func:`multi_dilation_dwconv` that is out of its contract."""
     named = {"x": x, "weight": weight}
@@ -90,6 +149,11 @@ def check_arguments(x: Tensor, weight: Tensor, dilations: Sequence[int], bias: T
     if bias is not None and bias.shape != (branches, channels):
         raise ValueError(f"{bias.shape=}, expected [R, C] = [{branches}, {channels}]")
     check_dilations(dilations, branches)
+    check_alike(named, x)
+
+
+def check_alike(named: Mapping[str, Tensor], x: Tensor) -> None:
+    """Raise unless the tensors are on the device of ``x`` and of its dtype, or autocast makes them so."""
     autocast = torch.is_autocast_enabled(x.device.type)
     for name, tensor in named.items():
         if tensor.device != x.device:

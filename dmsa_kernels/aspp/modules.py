@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dmsa_kernels.aspp.functional import KERNEL_SIZES, check_dilations, multi_dilation_dwconv
+from dmsa_kernels.aspp.functional import KERNEL_SIZES, check_dilations, fused_dwconv_project, multi_dilation_dwconv
+from dmsa_kernels.aspp.launch import fused_projection_is_faster
 from dmsa_kernels.backend import BACKENDS
 
 NORMS: dict[str, Callable[[int], nn.Module]] = {
@@ -16,6 +17,7 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
     "sync_batch": nn.SyncBatchNorm,
     "group": lambda channels: nn.GroupNorm(1, channels),
 }
+PROJECTIONS = ("auto", "fused", "unfused")
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
 
 
@@ -40,6 +42,10 @@ class DepthwiseASPP(nn.Module):
         activation: ``"relu"``, ``"gelu"``, ``"silu"``, a factory ``() -> nn.Module``, or ``None``.
 
     Other Parameters:
+        projection: ``"unfused"`` writes the branches and projects them; ``"fused"`` projects them where they are
+            computed and computes them again in the backward pass (:func:`fused_dwconv_project`): less memory, the same
+            parameters, and an image mean that is projected once an image; ``"auto"`` is the one that was measured
+            faster, see :func:`dmsa_kernels.aspp.launch.fused_projection_is_faster`.
         backend: ``"auto"``, ``"triton"``, ``"eager"`` or ``"reference"``, as in :func:`multi_dilation_dwconv`.
 
     Shape:
@@ -62,6 +68,7 @@ class DepthwiseASPP(nn.Module):
         bias: bool = False,
         norm: str | Callable[[int], nn.Module] | None = "batch",
         activation: str | Callable[[], nn.Module] | None = "relu",
+        projection: str = "auto",
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -73,11 +80,14 @@ class DepthwiseASPP(nn.Module):
         if len(dilations) < 1 + pointwise_first:
             raise ValueError(f"{dilations=}, expected at least {1 + pointwise_first} with {pointwise_first=}")
         check_dilations(dilations, len(dilations))
+        if projection not in PROJECTIONS:
+            raise ValueError(f"{projection=} is not one of {', '.join(PROJECTIONS)}")
         if backend not in BACKENDS:
             raise ValueError(f"{backend=} is not one of {', '.join(BACKENDS)}")
         self.channels, self.out_channels, self.kernel_size = channels, out_channels, kernel_size
         self.dilations = tuple(dilations)
         self.pointwise_first, self.image_pooling, self.backend = pointwise_first, image_pooling, backend
+        self.fused = projection == "fused" or (projection == "auto" and fused_projection_is_faster())
         branches = len(dilations)
         self.weight = nn.Parameter(torch.empty(branches - pointwise_first, channels, kernel_size, kernel_size))
         self.scale = nn.Parameter(torch.empty(channels)) if pointwise_first else None
@@ -109,22 +119,38 @@ class DepthwiseASPP(nn.Module):
         """
         dilations = list(self.dilations if dilations is None else dilations)
         check_dilations(dilations, len(self.dilations))
-        y = self._branches(x, dilations)
+        weight, dilations = self._filters(x, dilations)
+        y = self._fused(x, weight, dilations) if self.fused else self._unfused(x, weight, dilations)
+        return self.activation(self.norm(y))
+
+    def _filters(self, x: Tensor, dilations: list[int]) -> tuple[Tensor, list[int]]:
+        """Return the filters ``[R, C, k, k]`` of all branches and their dilations."""
+        if self.scale is None:
+            return self.weight, dilations
+        # A filter with only its centre set, so far dilated that every other tap is outside the map and is skipped: the
+        # 1 x 1 branch rides along in the same pass over x.
+        half = self.kernel_size // 2
+        centre = F.pad(self.scale[:, None, None], (half, half, half, half))  # [C, k, k]
+        return torch.cat([centre[None], self.weight]), [max(x.shape[2:]), *dilations[1:]]
+
+    def _unfused(self, x: Tensor, weight: Tensor, dilations: list[int]) -> Tensor:
+        """Return the projection ``[B, out_channels, H, W]`` of the branches, written side by side."""
+        y = multi_dilation_dwconv(x, weight, dilations, self.bias, "concat", backend=self.backend)
         if self.image_pooling:
             y = torch.cat([y, x.mean((2, 3), keepdim=True).to(y.dtype).expand(-1, -1, *x.shape[2:])], 1)
-        return self.activation(self.norm(self.projection(y)))
+        return self.projection(y)
 
-    def _branches(self, x: Tensor, dilations: list[int]) -> Tensor:
-        """Return the branches side by side, ``[B, R * C, H, W]``."""
-        weight: Tensor = self.weight
-        if self.scale is not None:
-            # A filter with only its centre set, so far dilated that every other tap is outside the map and is skipped:
-            # the 1 x 1 branch rides along in the same pass over x.
-            half = self.kernel_size // 2
-            centre = F.pad(self.scale[:, None, None], (half, half, half, half))  # [C, k, k]
-            weight = torch.cat([centre[None], weight])
-            dilations = [max(x.shape[2:]), *dilations[1:]]
-        return multi_dilation_dwconv(x, weight, dilations, self.bias, "concat", backend=self.backend)
+    def _fused(self, x: Tensor, weight: Tensor, dilations: list[int]) -> Tensor:
+        """Return the same; the projected mean is one vector an image."""
+        projection = self.projection.weight[:, :, 0, 0]  # [out_channels, (R + image_pooling) * C]
+        offset = self.projection.bias
+        if self.image_pooling:
+            width = weight.shape[0] * self.channels
+            offset = F.linear(x.mean((2, 3)), projection[:, width:], offset)  # [B, out_channels]
+            projection = projection[:, :width]
+        elif offset is not None:
+            offset = offset.expand(x.shape[0], -1)
+        return fused_dwconv_project(x, weight, projection, dilations, self.bias, offset, backend=self.backend)
 
     def extra_repr(self) -> str:
         return (

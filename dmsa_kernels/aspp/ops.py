@@ -93,6 +93,66 @@ multi_dilation_dwconv.register_autograd(_backward, setup_context=_setup_context)
 multi_dilation_dwconv_backward.register_autograd(_no_double_backward)
 
 
+@torch.library.custom_op(
+    "dmsa_kernels::fused_dwconv_project",
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor projection, Tensor? offset, SymInt[] dilations, "
+    "str backend) -> Tensor",
+)
+def fused_dwconv_project(x, weight, bias, projection, offset, dilations, backend):
+    """Compute the projection ``[B, O, H, W]`` of the branches; on Triton they are never written to device memory."""
+    tensors = x, weight, bias, projection, offset
+    name = resolve(backend, *(tensor for tensor in tensors if tensor is not None))
+    if name == "triton":
+        from dmsa_kernels.aspp.triton import project
+
+        return project.fused_dwconv_project(*tensors, dilations)
+    return _implementation(name).fused_dwconv_project(*tensors, dilations)
+
+
+@fused_dwconv_project.register_fake
+def _(x, weight, bias, projection, offset, dilations, backend):
+    return empty_map(x, projection.shape[0])
+
+
+def _setup_project_context(ctx, inputs, output):
+    x, weight, bias, projection, _, dilations, backend = inputs
+    ctx.save_for_backward(x, weight, bias, projection)
+    ctx.dilations, ctx.backend = dilations, backend
+
+
+def _project_backward(ctx, grad):
+    x, weight, bias, projection = ctx.saved_tensors
+    need_x, need_weight, need_bias, need_projection, need_offset = ctx.needs_input_grad[:5]
+    need_branches = need_x or need_weight or need_bias
+    grad_x = grad_weight = grad_bias = grad_projection = grad_offset = None
+    if need_branches or need_projection:
+        # What the forward pass did not keep, through the unfused operators.
+        y = multi_dilation_dwconv(x, weight, bias, ctx.dilations, "concat", ctx.backend) if need_projection else None
+        grad_y, grad_projection = _pointwise_backward(grad, y, projection, need_branches)
+        if need_branches:
+            needs = need_x, need_weight, need_bias
+            grads = multi_dilation_dwconv_backward(grad_y, x, weight, ctx.dilations, "concat", *needs, ctx.backend)
+            grad_x, grad_weight, grad_bias = (g if need else None for g, need in zip(grads, needs, strict=True))
+    if need_offset:
+        grad_offset = grad.sum((2, 3))
+    return grad_x, grad_weight, grad_bias, grad_projection, grad_offset, None, None
+
+
+def _pointwise_backward(grad, y, projection, need_y):
+    """Return the gradients of the branches ``[B, R * C, H, W]`` and, unless ``y`` is ``None``, of the projection."""
+    filters = projection[:, :, None, None]
+    grad_y = torch.nn.functional.conv_transpose2d(grad, filters) if need_y else None
+    if y is None:
+        return grad_y, None
+    options = [1, 1], [0, 0], [1, 1], False, [0, 0], 1  # stride, padding, dilation, transposed, output padding, groups
+    grad_filters = torch.ops.aten.convolution_backward(grad, y, filters, None, *options, [False, True, False])[1]
+    return grad_y, grad_filters[:, :, 0, 0]
+
+
+fused_dwconv_project.register_autograd(_project_backward, setup_context=_setup_project_context)
+
+
 def _follow_autocast(operator: Callable[..., Tensor], name: str, device_type: str) -> None:
     """Cast the floating-point arguments of ``operator`` to whatever dtype autocast runs in on ``device_type``."""
     key = "Autocast" + {"cpu": "CPU", "cuda": "CUDA"}[device_type]
@@ -115,3 +175,4 @@ def _cast(arg: object, dtype: torch.dtype) -> object:
 
 for _device_type in ("cpu", "cuda"):
     _follow_autocast(multi_dilation_dwconv, "multi_dilation_dwconv", _device_type)
+    _follow_autocast(fused_dwconv_project, "fused_dwconv_project", _device_type)

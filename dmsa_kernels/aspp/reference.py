@@ -48,6 +48,18 @@ def multi_dilation_dwconv(
     return empty_map(x, result.shape[1]).copy_(result)
 
 
+def fused_dwconv_project(
+    x: Tensor, weight: Tensor, bias: Tensor | None, projection: Tensor, offset: Tensor | None, dilations: Sequence[int]
+) -> Tensor:
+    """Compute the branches, then their projection ``[B, O, H, W]``."""
+    dtype = _compute_dtype(x.dtype)
+    branches = multi_dilation_dwconv(x, weight, bias, dilations, "concat")  # [B, R * C, H, W]
+    y = torch.einsum("oc,bchw->bohw", projection.to(dtype), branches.to(dtype))
+    if offset is not None:
+        y = y + offset[:, :, None, None].to(dtype)
+    return empty_map(x, projection.shape[0]).copy_(y)
+
+
 def multi_dilation_dwconv_backward(
     grad: Tensor,
     x: Tensor,

@@ -1,0 +1,198 @@
+"""The fused form: depthwise tiles that are projected from registers, never written to device memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dmsa_kernels.aspp.launch import project_plan
+from dmsa_kernels.aspp.layout import empty_map
+from dmsa_kernels.aspp.triton.forward import _add_taps, _shift, _tile_offsets, needs_wide_offsets, tap_major
+from dmsa_kernels.tuning import OfflineCase
+
+
+@triton.jit(do_not_specialize=["dilations"])
+def dwconv_project_fwd_kernel(
+    x_ptr,
+    w_ptr,  # [R, k, k, C]
+    bias_ptr,  # [R, C]
+    projection_ptr,  # [R, C, O]
+    offset_ptr,  # [B, O]
+    y_ptr,
+    dilations,
+    channels,
+    out_channels,
+    height,
+    width,
+    bands,
+    stride_x_b,
+    stride_x_c,
+    stride_x_h,
+    stride_x_w,
+    stride_y_b,
+    stride_y_c,
+    stride_y_h,
+    stride_y_w,
+    R: tl.constexpr,
+    K: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_OFFSET: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+):
+    """y_o(q) = offset_o + sum_r,c projection_r,c,o (bias_r,c + sum_ij w_r,c,ij x_c(q + d_r (i - k // 2, j - k // 2))).
+
+    One program owns a tile of pixels and a block of output channels. Channels in the outer loop: the branches of one
+    block of channels meet the same x, while it is in cache.
+    """
+    pid = tl.program_id(0)
+    blocks = tl.cdiv(out_channels, BLOCK_O)
+    # Programs of all output blocks of a tile follow each other: they read the same x.
+    i_o = pid % blocks
+    tile = (pid // blocks) % bands
+    i_b = pid // (blocks * bands)
+    pixels = height * width
+    first_row = (tile * BLOCK_P) // width
+    last_row = tl.minimum(tile * BLOCK_P + BLOCK_P - 1, pixels - 1) // width
+    o_o = i_o * BLOCK_O + tl.arange(0, BLOCK_O)
+    m_o = o_o < out_channels
+    x_ptr += i_b.to(tl.int64) * stride_x_b
+    y_ptr += i_b.to(tl.int64) * stride_y_b
+    acc = tl.zeros((BLOCK_P, BLOCK_O), dtype=tl.float32)
+    # One stage: more would buffer every branch's projection block in shared memory.
+    for c in tl.range(0, channels, BLOCK_C, num_stages=1):
+        o_c = c + tl.arange(0, BLOCK_C)
+        m_c = o_c < channels
+        row, col, m_p, o_x = _tile_offsets(tile, width, pixels, o_c, stride_x_h, stride_x_w, stride_x_c, BLOCK_P, WIDE)
+        # A loop, not unrolled: the branches differ in numbers alone.
+        for r in tl.range(0, R, num_stages=1):
+            dilation = dilations[0]
+            for n in tl.static_range(1, R):
+                dilation = tl.where(r == n, dilations[n], dilation)
+            branch = _add_taps(
+                tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32),
+                x_ptr,
+                w_ptr + r * K * K * channels,
+                o_x,
+                row,
+                col,
+                m_p,
+                m_c,
+                o_c,
+                first_row,
+                last_row,
+                dilation,
+                height,
+                width,
+                channels,
+                stride_x_h,
+                stride_x_w,
+                K,
+                True,
+                WIDE,
+            )
+            if HAS_BIAS:
+                b_bias = tl.load(bias_ptr + r * channels + o_c, mask=m_c, other=0.0)
+                branch += b_bias.to(tl.float32)[None, :]
+            p_projection = projection_ptr + _shift(r * channels + o_c, 0, out_channels, 0, WIDE)[:, None] + o_o[None, :]
+            # [C, O]
+            b_projection = tl.load(p_projection, mask=m_c[:, None] & m_o[None, :], other=0.0)
+            # Rounded as the unfused form rounds what it writes. TF32 would round float32 to 11 bits.
+            b_branch = branch.to(x_ptr.dtype.element_ty)
+            acc = tl.dot(b_branch, b_projection, acc, input_precision="ieee")
+    if HAS_OFFSET:
+        b_offset = tl.load(offset_ptr + i_b.to(tl.int64) * out_channels + o_o, mask=m_o, other=0.0)
+        acc += b_offset.to(tl.float32)[None, :]
+    row, col, m_p, o_y = _tile_offsets(tile, width, pixels, o_o, stride_y_h, stride_y_w, stride_y_c, BLOCK_P, WIDE)
+    tl.store(y_ptr + o_y, acc.to(y_ptr.dtype.element_ty), mask=m_p[:, None] & m_o[None, :])
+
+
+def fused_dwconv_project(
+    x: Tensor, weight: Tensor, bias: Tensor | None, projection: Tensor, offset: Tensor | None, dilations: Sequence[int]
+) -> Tensor:
+    """Compute ``[B, O, H, W]`` from ``x [B, C, H, W]``, in one launch."""
+    branches, channels, kernel_size, _ = weight.shape
+    out_channels = projection.shape[0]
+    batch, _, height, width = x.shape
+    out = empty_map(x, out_channels)
+    if out.numel() == 0:
+        return out
+    plan = project_plan(out_channels, x.dtype)
+    bands = triton.cdiv(height * width, plan.block_p)
+    farthest = max(height, width)  # off-centre taps that far are outside: larger dilations change nothing
+    dwconv_project_fwd_kernel[(batch * bands * triton.cdiv(out_channels, plan.block_o),)](
+        x,
+        tap_major(weight),
+        None if bias is None else bias.contiguous(),
+        projection.t().contiguous(),
+        None if offset is None else offset.contiguous(),
+        out,
+        tuple(min(dilation, farthest) for dilation in dilations),
+        channels,
+        out_channels,
+        height,
+        width,
+        bands,
+        x.stride(0),
+        x.stride(1),
+        x.stride(2),
+        x.stride(3),
+        out.stride(0),
+        out.stride(1),
+        out.stride(2),
+        out.stride(3),
+        R=branches,
+        K=kernel_size,
+        HAS_BIAS=bias is not None,
+        HAS_OFFSET=offset is not None,
+        WIDE=needs_wide_offsets(x, 0, out, 0, 1, farthest) or projection.numel() > torch.iinfo(torch.int32).max,
+        BLOCK_P=plan.block_p,
+        BLOCK_C=plan.block_c,
+        BLOCK_O=plan.block_o,
+        num_warps=plan.num_warps,
+    )
+    return out
+
+
+def offline_cases() -> Iterator[OfflineCase]:
+    """List the launches for compilation without a device: the training maps of the method."""
+    channels, size, branches = 384, 20, 4
+    for dtype, name in ((torch.float32, "*fp32"), (torch.bfloat16, "*bf16")):
+        for layout in ("nchw", "channels_last"):
+            for kernel_size in (3, 7) if layout == "channels_last" else (3,):
+                plan = project_plan(channels, dtype)
+                constants: dict[str, object] = {
+                    "R": branches,
+                    "K": kernel_size,
+                    "HAS_BIAS": True,
+                    "HAS_OFFSET": True,
+                    "WIDE": False,
+                    "BLOCK_P": plan.block_p,
+                    "BLOCK_C": plan.block_c,
+                    "BLOCK_O": plan.block_o,
+                    "channels": channels,
+                    "out_channels": channels,
+                }
+                for side in ("x", "y"):
+                    if layout == "channels_last":
+                        constants |= {f"stride_{side}_c": 1, f"stride_{side}_w": channels}
+                        constants |= {f"stride_{side}_h": channels * size, f"stride_{side}_b": channels * size * size}
+                    else:
+                        constants |= {f"stride_{side}_w": 1}
+                yield OfflineCase(
+                    f"dwconv_project_fwd {name[1:]} {layout} k={kernel_size} {plan}",
+                    dwconv_project_fwd_kernel,
+                    {
+                        **dict.fromkeys(("x_ptr", "w_ptr", "bias_ptr", "projection_ptr", "offset_ptr", "y_ptr"), name),
+                        "dilations": ("i32",) * branches,
+                    },
+                    constants,
+                    num_warps=plan.num_warps,
+                    every_target=kernel_size == 3 and (layout == "channels_last") == (dtype == torch.bfloat16),
+                )
