@@ -18,6 +18,7 @@ from torch import Tensor
 
 from benchmarks.harness import Candidate, Row
 from dmsa_kernels import multi_dilation_dwconv
+from dmsa_kernels.aspp import fused_dwconv_project
 
 # name, shape, shape on a CPU, dilations
 CASES = (
@@ -33,6 +34,8 @@ CASES = (
     ("deeplabv3plus", (4, 2048, 64, 64), (1, 1024, 64, 64), (12, 24, 36)),
     ("smp_deeplabv3plus", (8, 2048, 32, 32), (2, 2048, 32, 32), (12, 24, 36)),
 )
+# Rows with the pointwise projection behind the branches, and its width.
+PROJECTED = {"dmsa_train_d": 384, "daformer": 256}
 # Compiling takes longer than the row on a CPU.
 COMPILED_ON_CPU = ("dmsa_train_d", "daformer")
 
@@ -92,6 +95,52 @@ def exact(x: Tensor, _x_last: Tensor, weight: Tensor, grad: Tensor, _grad_last: 
     return run(*wide, function=library, channels_last=False, **arguments)
 
 
+def projected_inputs(device: torch.device, seed: int, *, shape, branches: int, width: int, dtype: torch.dtype):
+    """Draw what :func:`inputs` draws, for an output of ``width`` channels, and the projection ``[width, R * C]``."""
+    x, x_last, weight, _, _ = inputs(device, seed, shape=shape, branches=branches, dtype=dtype)
+    generator = torch.Generator(device).manual_seed(seed + 1)
+    inner = branches * shape[1]
+    projection = (torch.randn(width, inner, generator=generator, device=device) / inner**0.5).to(dtype)
+    grad = torch.randn(shape[0], width, *shape[2:], generator=generator, device=device).to(dtype)
+    return x, x_last, weight, projection, grad, grad.contiguous(memory_format=torch.channels_last)
+
+
+def run_projected(
+    x: Tensor,
+    x_last: Tensor,
+    weight: Tensor,
+    projection: Tensor,
+    grad: Tensor,
+    grad_last: Tensor,
+    *,
+    branches: Callable | None,
+    dilations: tuple[int, ...],
+    channels_last: bool,
+    backward: bool,
+) -> Tensor | tuple[Tensor, ...]:
+    """Project what ``branches`` computes, or run the fused operator if it is ``None``."""
+    source, incoming = (x_last, grad_last) if channels_last else (x, grad)
+
+    def function(x, weight, projection):
+        if branches is None:
+            return fused_dwconv_project(x, weight, projection, dilations)
+        return F.conv2d(branches(x, weight, dilations), projection[:, :, None, None])
+
+    if not backward:
+        with torch.no_grad():
+            return function(source, weight, projection)
+    leaves = tuple(tensor.detach().requires_grad_() for tensor in (source, weight, projection))
+    return torch.autograd.grad(function(*leaves), leaves, incoming)
+
+
+def exact_projected(
+    x: Tensor, _x_last: Tensor, weight: Tensor, projection: Tensor, grad: Tensor, _grad_last, **options
+):
+    """Return the library's result in float64."""
+    wide = x.double(), x, weight.double(), projection.double(), grad.double(), grad
+    return run_projected(*wide, branches=library, channels_last=False, **options)
+
+
 def rows(device: torch.device, *, full: bool) -> list[Row]:
     """The workloads, forward and forward with backward; 16-bit only where the hardware computes in it."""
     dtypes = (torch.float32, torch.bfloat16) if device.type == "cuda" else (torch.float32,)
@@ -102,6 +151,12 @@ def rows(device: torch.device, *, full: bool) -> list[Row]:
                 made.append(
                     _row(name, shape if full else small, "" if full else shape, dilations, dtype, backward, full)
                 )
+                if name in PROJECTED:
+                    made.append(
+                        _projected_row(
+                            name, shape if full else small, "" if full else shape, dilations, dtype, backward
+                        )
+                    )
     return made
 
 
@@ -141,6 +196,36 @@ def _row(name, shape, scaled_from, dilations, dtype: torch.dtype, backward: bool
         items=shape[0],
         scaled_from=",".join(map(str, scaled_from)),
         note=f"dilations {dilations}",
+    )
+
+
+def _projected_row(name, shape, scaled_from, dilations, dtype: torch.dtype, backward: bool) -> Row:
+    run_as = functools.partial(run_projected, dilations=dilations, backward=backward)
+    candidates = []
+    # The unfused form first: it is what the module chooses.
+    for title, branches in (("ours, unfused", ours), ("ours, fused", None), ("F.conv2d", library)):
+        for suffix, channels_last in (("", False), (", channels_last", True)):
+            call = functools.partial(run_as, branches=branches, channels_last=channels_last)
+            candidates.append(Candidate(title + suffix, call, ours=branches is not library))
+    batch, channels, height, width = shape
+    pixels, branches, out_channels = batch * height * width, len(dilations), PROJECTED[name]
+    # x read and y written; backward, the gradient of y and x read, the gradient of x written.
+    planes = channels + out_channels + ((2 * channels + out_channels) if backward else 0)
+    return Row(
+        family="aspp",
+        workload=f"{name}_projected",
+        variant="forward+backward" if backward else "forward",
+        dtype=str(dtype).removeprefix("torch."),
+        shape=",".join(map(str, shape)),
+        inputs=functools.partial(projected_inputs, shape=shape, branches=branches, width=out_channels, dtype=dtype),
+        candidates=tuple(candidates),
+        reference=functools.partial(exact_projected, dilations=dilations, backward=backward),
+        tolerance=2e-5 if dtype == torch.float32 else 2e-2,
+        floor_bytes=planes * pixels * dtype.itemsize,
+        operations=(3 if backward else 1) * 2 * branches * channels * (9 + out_channels) * pixels,
+        items=batch,
+        scaled_from=",".join(map(str, scaled_from)),
+        note=f"dilations {dilations}, projected to {out_channels} channels",
     )
 
 

@@ -17,6 +17,11 @@ from torch import Tensor
 from dmsa_kernels.aspp.layout import Tap, empty_map, in_layout_of, is_channels_last, taps
 
 TILE_ELEMENTS = 1 << 18  # 1 MiB of float32: the running sum of one tile stays in a core's second-level cache
+# A library call of fewer elements than this runs in the calling thread: on small maps, waiting for the other thread
+# after every tap costs more than it brings, and on a busy machine many times more.
+SERIAL_ELEMENTS = (1 << 15) - 1
+SMALL_MAP_ELEMENTS = 1 << 20
+FEW_THREADS = 2
 LIBRARY_ELEMENTS = 1 << 20
 LIBRARY_PADDING = 6
 WIDE_SUM_ELEMENTS = 1 << 16  # below this, sums in float64 cost next to nothing
@@ -103,16 +108,22 @@ def _split(joined: Tensor, branches: int) -> list[Tensor]:
     return list(joined.unflatten(1, (branches, -1)).unbind(1))
 
 
-def _tiles(like: Tensor) -> Iterator[_Tile]:
-    """Cut a map ``[B, C, H, W]`` into blocks of about ``TILE_ELEMENTS`` that are long runs of its memory."""
+def _tile_elements(like: Tensor) -> int:
+    """Return the size of the blocks in which taps are added up into a map ``[B, C, H, W]``."""
+    small = like.numel() <= SMALL_MAP_ELEMENTS and torch.get_num_threads() <= FEW_THREADS
+    return SERIAL_ELEMENTS if small else TILE_ELEMENTS
+
+
+def _tiles(like: Tensor, elements: int) -> Iterator[_Tile]:
+    """Cut a map ``[B, C, H, W]`` into blocks of about ``elements`` that are long runs of its memory."""
     batch, channels, height, width = like.shape
-    images = max(1, TILE_ELEMENTS // (channels * height * width))
+    images = max(1, elements // (channels * height * width))
     planes, rows = channels, height
     if images == 1 and is_channels_last(like) and like.dtype == _sum_dtype(like.dtype):
-        rows = max(1, TILE_ELEMENTS // (channels * width))
+        rows = max(1, elements // (channels * width))
     elif images == 1:
         # Narrower types are widened tile by tile: whole planes, so that no row is widened twice.
-        planes = max(1, TILE_ELEMENTS // (height * width))
+        planes = max(1, elements // (height * width))
     for b in range(0, batch, images):
         for c in range(0, channels, planes):
             for y in range(0, height, rows):
@@ -143,7 +154,7 @@ def _convolve(
     filters = weight.permute(0, 2, 3, 1).to(dtype).contiguous()[..., None, None]  # [R, k, k, C, 1, 1]
     offsets = None if bias is None else bias.to(dtype)[..., None, None]  # [R, C, 1, 1]
     inside = {dilation: list(taps(weight.shape[-1], dilation, height, width)) for dilation in dilations}
-    for tile in _tiles(outs[0]):
+    for tile in _tiles(outs[0], _tile_elements(outs[0])):
         total = None
         for r in by_taps:
             out = outs[0 if joined else r][tile.images, tile.channels, tile.top : tile.bottom]
@@ -234,7 +245,7 @@ def _weight_gradient(grads: Sequence[Tensor], x: Tensor, kernel_size: int, dilat
             sums[r] = _library_weight_gradient(grads[r], x, kernel_size, dilation).permute(1, 2, 0)
         else:
             by_taps.append(r)
-    for tile in _tiles(x) if by_taps else ():
+    for tile in _tiles(x, TILE_ELEMENTS) if by_taps else ():
         source = x[tile.images, tile.channels].to(dtype)
         for r in by_taps:
             block = grads[r][tile.images, tile.channels].to(dtype)

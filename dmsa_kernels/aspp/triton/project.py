@@ -42,6 +42,7 @@ def dwconv_project_fwd_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_OFFSET: tl.constexpr,
     WIDE: tl.constexpr,
+    WIDEN: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_O: tl.constexpr,
@@ -105,6 +106,8 @@ def dwconv_project_fwd_kernel(
             b_projection = tl.load(p_projection, mask=m_c[:, None] & m_o[None, :], other=0.0)
             # Rounded as the unfused form rounds what it writes. TF32 would round float32 to 11 bits.
             b_branch = branch.to(x_ptr.dtype.element_ty)
+            if WIDEN:
+                b_branch, b_projection = b_branch.to(tl.float32), b_projection.to(tl.float32)
             acc = tl.dot(b_branch, b_projection, acc, input_precision="ieee")
     if HAS_OFFSET:
         b_offset = tl.load(offset_ptr + i_b.to(tl.int64) * out_channels + o_o, mask=m_o, other=0.0)
@@ -152,6 +155,8 @@ def fused_dwconv_project(
         HAS_BIAS=bias is not None,
         HAS_OFFSET=offset is not None,
         WIDE=needs_wide_offsets(x, 0, out, 0, 1, farthest) or projection.numel() > torch.iinfo(torch.int32).max,
+        # The interpreter would multiply the bit patterns of bfloat16; widened, the products are exact as on a GPU.
+        WIDEN=x.device.type == "cpu" and x.dtype == torch.bfloat16,
         BLOCK_P=plan.block_p,
         BLOCK_C=plan.block_c,
         BLOCK_O=plan.block_o,
@@ -173,6 +178,7 @@ def offline_cases() -> Iterator[OfflineCase]:
                     "HAS_BIAS": True,
                     "HAS_OFFSET": True,
                     "WIDE": False,
+                    "WIDEN": False,
                     "BLOCK_P": plan.block_p,
                     "BLOCK_C": plan.block_c,
                     "BLOCK_O": plan.block_o,
