@@ -204,7 +204,7 @@ def test_two_processes_share_the_crops_and_get_the_same_centroids(tmp_path, monk
     ranks = [
         subprocess.Popen([*arguments, str(rank), str(tmp_path / "store"), str(tmp_path)], cwd=root) for rank in (0, 1)
     ]
-    assert [process.wait(timeout=120) for process in ranks] == [0, 0]
+    assert [process.wait(timeout=300) for process in ranks] == [0, 0]
     first, second = (Centroids.load(tmp_path / f"{rank}.npz") for rank in (0, 1))
     assert torch.equal(first.vectors, second.vectors)
     monkeypatch.setattr(feature_bank, "PART", 2)
