@@ -43,6 +43,7 @@ def dwconv_project_fwd_kernel(
     HAS_OFFSET: tl.constexpr,
     WIDE: tl.constexpr,
     WIDEN: tl.constexpr,
+    BLOCKS_C: tl.constexpr,  # Triton 3.6's interpreter wants a plain number as the bound of a loop
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_O: tl.constexpr,
@@ -67,7 +68,7 @@ def dwconv_project_fwd_kernel(
     y_ptr += i_b.to(tl.int64) * stride_y_b
     acc = tl.zeros((BLOCK_P, BLOCK_O), dtype=tl.float32)
     # One stage: more would buffer every branch's projection block in shared memory.
-    for c in tl.range(0, channels, BLOCK_C, num_stages=1):
+    for c in tl.range(0, BLOCKS_C * BLOCK_C, BLOCK_C, num_stages=1):
         o_c = c + tl.arange(0, BLOCK_C)
         m_c = o_c < channels
         row, col, m_p, o_x = _tile_offsets(tile, width, pixels, o_c, stride_x_h, stride_x_w, stride_x_c, BLOCK_P, WIDE)
@@ -157,6 +158,7 @@ def fused_dwconv_project(
         WIDE=needs_wide_offsets(x, 0, out, 0, 1, farthest) or projection.numel() > torch.iinfo(torch.int32).max,
         # The interpreter would multiply the bit patterns of bfloat16; widened, the products are exact as on a GPU.
         WIDEN=x.device.type == "cpu" and x.dtype == torch.bfloat16,
+        BLOCKS_C=triton.cdiv(channels, plan.block_c),
         BLOCK_P=plan.block_p,
         BLOCK_C=plan.block_c,
         BLOCK_O=plan.block_o,
@@ -179,6 +181,7 @@ def offline_cases() -> Iterator[OfflineCase]:
                     "HAS_OFFSET": True,
                     "WIDE": False,
                     "WIDEN": False,
+                    "BLOCKS_C": triton.cdiv(channels, plan.block_c),
                     "BLOCK_P": plan.block_p,
                     "BLOCK_C": plan.block_c,
                     "BLOCK_O": plan.block_o,
