@@ -110,8 +110,9 @@ def project_plan(out_channels: int, dtype: torch.dtype) -> ProjectPlan:
 def fused_projection_is_faster() -> bool:
     """Whether ``projection="auto"`` takes the fused form: nowhere, as long as no measurement speaks for it.
 
-    On a CPU the fused operator is the unfused composition that recomputes the branches in its backward pass: forward and
-    backward take 1.14 to 1.18 times as long (one thread, [4, 384, 20, 20] to 384 channels). On a GPU it saves writing and reading R * C planes and repeats the taps for every block of output channels;
-    which weighs more has not been measured.
+    On a CPU the fused operator is the unfused composition that recomputes the branches in its backward pass: forward
+    and backward take 1.14 to 1.18 times as long (one thread, [4, 384, 20, 20] to 384 channels). On a GPU it saves
+    writing and reading R * C planes and repeats the taps for every block of output channels; which weighs more has not
+    been measured.
     """
     return False
