@@ -314,11 +314,9 @@ def test_resume_is_bit_identical(recipe, photos, tmp_path):
     assert whole["step"] == parts["step"] == 6
     assert whole["modules"].keys() == parts["modules"].keys()
     assert all(torch.equal(value, parts["modules"][key]) for key, value in whole["modules"].items())
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    names, patches = ([line[key] for line in lines] for key in ("loss_class", "loss_patch"))
-    # The parts: their sum grows when the attention's share joins it.
-    assert np.mean(names[-20:]) < 0.97 * math.log(7)  # chance
-    assert np.mean(patches[-20:]) < 0.7 * np.mean(patches[:5])
+    lines = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    assert all(math.isfinite(line["loss"]) for line in lines)
 
 
 def test_formula_learns(tmp_path):
@@ -328,11 +326,10 @@ def test_formula_learns(tmp_path):
     )
     pretrain(config)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    names, patches = ([line[key] for line in lines] for key in ("loss_class", "loss_patch"))
     # The parts: their sum grows when the attention's share joins it.
-    assert np.mean([line["loss_class"] for line in lines[-20:]]) < 0.97 * math.log(7)  # chance
-    assert np.mean([line["loss_patch"] for line in lines[-20:]]) < 0.7 * np.mean(
-        [line["loss_patch"] for line in lines[:5]]
-    )
+    assert np.mean(names[-20:]) < 0.97 * math.log(7)  # chance
+    assert np.mean(patches[-20:]) < 0.7 * np.mean(patches[:5])
 
 
 def test_any_timm_vit_and_the_saved_file_loads(tmp_path):
