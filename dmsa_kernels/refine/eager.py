@@ -51,6 +51,19 @@ class _Padded:
         )  # [..., H + 2 top, W + 2 left]
         self.inner = self.rows(0, height)
         self.views = self.neighbours(0, height)
+        self.margins = self._margins()
+
+    def _margins(self) -> list[tuple[Tensor, Tensor]]:
+        """The parts of the margin and the border line that each repeats: left and right, then above and below."""
+        top, left, bottom, right = self.top, self.left, self.top + self.height, self.left + self.width
+        middle = self.buffer[..., top:bottom, :]
+        pairs = [
+            (middle[..., :left], middle[..., left : left + 1]),
+            (middle[..., right:], middle[..., right - 1 : right]),
+            (self.buffer[..., :top, :], self.buffer[..., top : top + 1, :]),
+            (self.buffer[..., bottom:, :], self.buffer[..., bottom - 1 : bottom, :]),
+        ]
+        return [(margin, border) for margin, border in pairs if margin.numel()]
 
     def rows(self, start: int, stop: int, dy: int = 0, dx: int = 0) -> Tensor:
         """View [..., stop - start, W] of the rows ``start:stop`` moved by (dy, dx)."""
@@ -64,14 +77,8 @@ class _Padded:
 
     def fill(self) -> None:
         """Replicate the border of ``inner`` into the margin."""
-        top, left, bottom, right = self.top, self.left, self.top + self.height, self.left + self.width
-        middle = self.buffer[..., top:bottom, :]
-        if left:
-            middle[..., :left] = middle[..., left : left + 1]
-            middle[..., right:] = middle[..., right - 1 : right]
-        if top:
-            self.buffer[..., :top, :] = self.buffer[..., top : top + 1, :]
-            self.buffer[..., bottom:, :] = self.buffer[..., bottom - 1 : bottom, :]
+        for margin, border in self.margins:
+            margin.copy_(border)
 
     def fold(self) -> None:
         """Add the margin to the border of ``inner``: the adjoint of :meth:`fill`."""
@@ -160,13 +167,12 @@ class _Guide:
             torch.mul(magnitudes[0], scales[0], out=score)
             for magnitude, scale in zip(magnitudes[1:], scales[1:], strict=True):
                 score.addcmul_(magnitude, scale)
-        # In bands of their own, since P planes are read several times and should stay in a cache.
-        for first, last in _bands(stop - start, out[:, :, 0].numel(), out.device):
-            band = out[:, :, first:last]
-            torch.sub(band.amin(1, keepdim=True), band, out=band).exp_()
-            band.mul_(band.sum(1, keepdim=True).reciprocal_())
-            if position is not None:
-                band.add_(position)
+        torch.sub(out.amin(1, keepdim=True), out, out=out).exp_()
+        inverse_sum = out.sum(1, keepdim=True).reciprocal_()
+        if position is None:
+            out.mul_(inverse_sum)
+        else:
+            torch.addcmul(position, out, inverse_sum, out=out)
         return out
 
     def images(self) -> int:
