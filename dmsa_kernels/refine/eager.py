@@ -28,7 +28,7 @@ DEVICE_SWEEP_ELEMENTS = 1 << 26
 # The gathered sum copies an image's affinity into another order and indexes it; above this many weights it is not used.
 GATHER_WEIGHTS = 1 << 26
 # From this many classes on the gathered sum beats padded planes (measured, benchmarks/NOTES.md).
-GATHER_CLASSES = 6
+GATHER_CLASSES = 10
 
 
 class _Padded:
