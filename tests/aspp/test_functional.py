@@ -155,7 +155,6 @@ def test_large_maps_are_cut_into_tiles(backend, monkeypatch):
         for dtype in (torch.float32, torch.bfloat16):
             for elements in (1, 40, 300):
                 monkeypatch.setattr(eager, "TILE_ELEMENTS", elements)
-                monkeypatch.setattr(eager, "SERIAL_ELEMENTS", elements)
                 x, weight, bias = make((2, 5, 7, 9), rates, layout=layout, dtype=dtype)
                 for reduce in REDUCTIONS:
                     check(x, weight, rates, bias, reduce, backend)
