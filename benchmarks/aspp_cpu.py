@@ -2,24 +2,25 @@
 
     python -m benchmarks.aspp_cpu --threads 2
 
-Every line is a map of OPS.md (batch and, for two heads, channels scaled down), a dilation set, an input layout and a pass,
-and compares on the same input, with the result in the layout of the input:
+Every line is a workload of bench_aspp.py at its size on a CPU, a dilation set, an input layout and a pass, and compares
+on the same input, with the result in the layout of the input:
 
 - ours;
 - plain: one `F.conv2d` a branch, then `cat`;
 - converted: the same in the other memory layout, with the conversions to it and back;
 - plain once more, the control: what its ratio to plain differs from 1 by is noise.
 
-Times are medians; ratios (plain, converted or control over ours or plain) are medians over rounds of calls that
-neighbour each other, which other work on the machine disturbs alike, with quartiles. A line says `slower` where plain
-or converted over ours is below 1 and below the lower quartile of the control. A result that is not the double-precision
-one to 2e-5 gets no ratio. At the end, the table of plain over ours in Markdown.
+Times are medians; ratios (plain and converted over ours, control over plain) are medians over rounds, whose calls are
+neighbours that other work on the machine disturbs alike, with quartiles. A line says `slower` where plain or converted
+over ours is below 1 and below the lower quartile of the control. A result that differs from the double-precision one by
+more than 2e-5 gets no ratio. At the end, the table of plain over ours in Markdown.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import random
 import statistics
 import time
 
@@ -77,11 +78,10 @@ def compare(shape, dilations, channels_last: bool, backward: bool, budget: float
             return f"{title} {name} is wrong: relative error {error:.1e}", "wrong"
     del expected
     times: dict[str, list[float]] = {name: [] for name in calls}
-    names, end = list(calls), time.perf_counter() + budget
+    order, end = random.Random(0), time.perf_counter() + budget
     while len(times["ours"]) < 5 or time.perf_counter() < end:
-        # The order rotates: a call finds in cache what the one before it left there.
-        names.append(names.pop(0))
-        for name in names:
+        # In random order: a call finds the caches and the allocator as the one before it left them.
+        for name in order.sample(list(calls), len(calls)):
             times[name].append(seconds(calls[name], tensors))
     noise = ratio(times["control"], times["plain"])
     ratios = {name: ratio(times[name], times["ours"]) for name in ("plain", "converted")}
@@ -92,7 +92,8 @@ def compare(shape, dilations, channels_last: bool, backward: bool, budget: float
     )
     milliseconds = ", ".join(f"{name} {1e3 * statistics.median(times[name]):.2f}" for name in ("ours", "plain"))
     verdict = f"  slower than {' and '.join(slower)}" if slower else ""
-    return f"{title} {milliseconds} ms  {quartiles}{verdict}", f"{ratios['plain'][1]:.2f}x" + (" slower" if slower else "")
+    cell = f"{ratios['plain'][1]:.2f}x{' slower' if slower else ''}"
+    return f"{title} {milliseconds} ms  {quartiles}{verdict}", cell
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from dmsa_kernels.aspp.layout import Tap, empty_map, in_layout_of, is_channels_last, taps
 
 TILE_ELEMENTS = 1 << 18  # of one thread: the running sum of a tile, 1 MiB of float32, stays in or near its core
+LIBRARY_ELEMENTS = 1 << 20  # of a branch by the library at a time: 4 MiB, below the allocator's threshold
 WIDE_SUM_ELEMENTS = 1 << 16  # below this, sums in float64 cost next to nothing
 
 
@@ -105,14 +106,10 @@ def _split(joined: Tensor, branches: int) -> list[Tensor]:
     return list(joined.unflatten(1, (branches, -1)).unbind(1))
 
 
-def _tile_elements() -> int:
-    return TILE_ELEMENTS * torch.get_num_threads()
-
-
 def _tiles(like: Tensor) -> Iterator[_Tile]:
     """Cut a map ``[B, C, H, W]`` into blocks of about :data:`TILE_ELEMENTS` a thread, long runs of its memory."""
     batch, channels, height, width = like.shape
-    elements = _tile_elements()
+    elements = TILE_ELEMENTS * torch.get_num_threads()
     images = max(1, elements // (channels * height * width))
     planes, rows = channels, height
     if images == 1 and is_channels_last(like) and like.dtype == _sum_dtype(like.dtype):
@@ -190,7 +187,7 @@ def _convolve_by_library(
     branches, channels = weight.shape[:2]
     summed = out.shape[1] < branches * channels
     image = out[:1, :channels].numel()
-    step = max(1, _tile_elements() // image) if out.device.type == "cpu" and image else max(1, len(out))
+    step = max(1, LIBRARY_ELEMENTS // image) if out.device.type == "cpu" and image else max(1, len(out))
     for b in range(0, len(out), step):
         # One after another: each leaves the cache before the next is computed, unless they are joined.
         results = (_library_branch(sources[r][b : b + step], weight, bias, dilations, r) for r in by_library)
