@@ -268,6 +268,8 @@ def bad_calls():
         ("dilations", ValueError, {"dilations": [1, -2]}),
         ("dilations", TypeError, {"dilations": [1, 2.0]}),
         ("dilations", TypeError, {"dilations": [1, True]}),
+        ("dilations", TypeError, {"dilations": 2}),
+        ("x.dtype", TypeError, {"x": x.to(torch.float8_e4m3fn), "weight": weight.to(torch.float8_e4m3fn)}),
         ("reduce", ValueError, {"reduce": "mean"}),
         ("backend", ValueError, {"backend": "cuda"}),
     ]
