@@ -156,7 +156,8 @@ def check_arguments(x: Tensor, weight: Tensor, dilations: Sequence[int], bias: T
 
 def check_alike(named: Mapping[str, Tensor], x: Tensor) -> None:
     """Raise unless the tensors are on the device of ``x`` and of its dtype, or autocast makes them so."""
-    autocast = torch.is_autocast_enabled(x.device.type)
+    device_type = x.device.type
+    autocast = device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type)  # meta tensors know none
     for name, tensor in named.items():
         if tensor.device != x.device:
             raise ValueError(f"{name}.device={tensor.device}, expected the device of x, {x.device}")

@@ -160,6 +160,18 @@ def test_large_maps_are_cut_into_tiles(backend, monkeypatch):
                     check(x, weight, rates, bias, reduce, backend)
 
 
+@pytest.mark.parametrize("layout", ["nchw", "channels_last", "tokens"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("widest", [True, False])
+def test_the_library_takes_a_few_images_at_a_time(layout, dtype, widest, monkeypatch):
+    monkeypatch.setattr(eager, "_has_avx512", lambda: widest)  # padding up to 6 by the library, or up to 4
+    monkeypatch.setattr(eager, "LIBRARY_ELEMENTS", 2 * 5 * 7 * 9)
+    for rates in ([1, 1, 2, 3], [1, 5, 9]):
+        x, weight, bias = make((5, 5, 7, 9), rates, layout=layout, dtype=dtype)
+        for reduce in REDUCTIONS:
+            check(x, weight, rates, bias, reduce, "eager")
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("reduce", REDUCTIONS)
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
