@@ -1,67 +1,98 @@
-"""State dicts of the separable ASPP heads in use, to and from :class:`DepthwiseASPP`.
+"""The depthwise filters of the separable ASPP heads in use, to and from ``weight`` ``[R, C, k, k]``.
 
-A separable atrous branch of those heads is a depthwise convolution followed by a pointwise one, each with its own norm
-and activation; `DepthwiseASPP` projects all depthwise outputs at once. What maps one to one is therefore the depthwise
-filters: branch r of ``weight`` ``[R, C, k, k]`` is the head's ``[C, 1, k, k]``. The rest of such a head (pointwise
-convolutions, norms, the 1 x 1 and the pooling branch) stays where it is.
+An atrous branch of such a head is a depthwise convolution, then a pointwise one, norm and activation of its own; mmseg
+also has a norm and an activation between the two. :class:`DepthwiseASPP` projects all depthwise outputs at once and has
+nothing in between, so that only the filters map one to one: branch r of ``weight`` is a head's ``[C, 1, k, k]``. The
+rest of the head (pointwise convolutions, norms, the 1 x 1 and the pooling branch) stays where it is, and
+:func:`multi_dilation_dwconv` replaces its R depthwise convolutions.
+
+Names read off open-mmlab/mmsegmentation ``mmseg/models/decode_heads/sep_aspp_head.py`` with open-mmlab/mmcv
+``mmcv/cnn/bricks/depthwise_separable_conv_module.py``, qubvel-org/segmentation_models.pytorch
+``segmentation_models_pytorch/decoders/deeplabv3/decoder.py`` and VainF/DeepLabV3Plus-Pytorch ``network/_deeplab.py``
+(torchvision's names, 3 x 3 convolutions made separable; torchvision's own heads are not). No convolution has a bias.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-# Names of the depthwise filters of atrous branch r = 0, 1, 2: the heads list their 1 x 1 branch first.
+# The name of a branch's depthwise filters inside its head; {} is the branch's place among all branches, of which the
+# first is the 1 x 1 in every head here.
 HEAD_KEYS = {
     "mmseg": "aspp_modules.{}.depthwise_conv.conv.weight",
-    "segmentation_models_pytorch": "aspp.0.convs.{}.0.0.weight",
-    "torchvision": "classifier.0.convs.{}.0.weight",
+    "segmentation_models_pytorch": "convs.{}.0.0.weight",
+    "torchvision": "convs.{}.0.body.0.weight",
 }
-_MAX_BRANCHES = 64
 
 
-def depthwise_from_head(state: Mapping[str, Tensor], style: str, prefix: str = "") -> Tensor:
-    """Return the depthwise filters ``[R, C, k, k]`` of a separable ASPP head, atrous branches in their order.
+def depthwise_from_head(state: Mapping[str, Tensor], style: str, prefix: str | None = None) -> Tensor:
+    """Return the depthwise filters ``[R, C, k, k]`` of a separable ASPP head, its atrous branches in their order.
 
     Args:
-        state: the head's (or whole model's) state dict.
-        style: a key of :data:`HEAD_KEYS`: ``"mmseg"`` (``DepthwiseSeparableASPPHead``, DAFormer's and HRDA's heads),
-            ``"segmentation_models_pytorch"`` (DeepLabV3Plus decoder) or ``"torchvision"`` (DeepLabV3 naming with
-            depthwise branch convolutions).
-        prefix: what stands before the names in ``state``, such as ``"decode_head."``.
+        state: the head's or the whole model's state dict.
+        style: ``"mmseg"`` (``DepthwiseSeparableASPPHead``, DAFormer's and HRDA's heads),
+            ``"segmentation_models_pytorch"`` (``DeepLabV3Plus``, and ``DeepLabV3`` with separable branches),
+            ``"torchvision"`` (its DeepLab names with separable convolutions), or a pattern of one's own with ``{}`` for
+            the branch, such as ``"branches.{}.depthwise.weight"``.
+        prefix: what stands before these names, such as ``"decode_head."``, ``"decode_head.fuse_layer."`` (DAFormer),
+            ``"decoder.aspp.0."``, ``"decoder.0."`` or ``"classifier.aspp."``; ``None`` finds it if there is one head.
 
     Raises:
-        ValueError: ``style`` is unknown, no branch is found, or a branch is not depthwise or of another shape.
+        ValueError: ``style`` is unknown, no branch or several heads are found, or a branch is not depthwise or has
+            another shape than the first.
     """
-    pattern = _pattern(style, prefix)
-    filters = [state[pattern.format(r)] for r in range(1, _MAX_BRANCHES) if pattern.format(r) in state]
-    if not filters:
-        raise ValueError(f"{prefix=}: no {pattern.format('<branch>')!r} in the state dict; keys: {sorted(state)[:5]}")
-    for r, value in enumerate(filters):
-        if value.dim() != 4 or value.shape[1] != 1 or value.shape != filters[0].shape:
+    name = re.escape(_pattern(style)).replace(r"\{\}", r"(\d+)")
+    before = r"((?:.*\.)?)" if prefix is None else f"({re.escape(prefix)})"
+    heads: dict[str, dict[int, Tensor]] = {}
+    for key, value in state.items():
+        match = re.fullmatch(before + name, key)
+        if match:
+            heads.setdefault(match[1], {})[int(match[2])] = value
+    if not heads:
+        wanted = ("" if prefix is None else prefix) + _pattern(style)
+        raise ValueError(f"{style=}, {prefix=}: no {wanted!r} in the state dict; keys: {sorted(state)[:5]}")
+    if len(heads) > 1:
+        raise ValueError(f"{style=}: several heads in the state dict, choose one by prefix: {sorted(heads)}")
+    (filters,) = heads.values()
+    first = filters[min(filters)]
+    for place, value in filters.items():
+        if value.dim() != 4 or value.shape[1] != 1 or value.shape != first.shape:
             raise ValueError(
-                f"branch {r}: {value.shape=}, expected depthwise filters [C, 1, k, k], alike in all branches"
+                f"branch {place}: {value.shape=}, expected depthwise filters [C, 1, k, k], alike in all branches"
             )
-    return torch.stack([value[:, 0] for value in filters])
+    return torch.stack([filters[place][:, 0] for place in sorted(filters)])
 
 
-def depthwise_to_head(weight: Tensor, style: str, prefix: str = "") -> dict[str, Tensor]:
+def depthwise_to_head(weight: Tensor, style: str, prefix: str = "", first: int = 1) -> dict[str, Tensor]:
     """Return the entries of a head's state dict that hold the depthwise filters ``weight`` ``[R, C, k, k]``.
 
     Load them with ``head.load_state_dict(entries, strict=False)``.
 
+    Args:
+        weight: ``[R, C, k, k]``.
+        style: as in :func:`depthwise_from_head`.
+        prefix: what stands before the names.
+        first: the place of the first atrous branch among the head's: 1 behind a 1 x 1 branch, 0 without one.
+
     Raises:
-        ValueError: ``style`` is unknown or ``weight`` is not ``[R, C, k, k]``.
+        ValueError: ``style`` is unknown, ``weight`` is not ``[R, C, k, k]`` or ``first`` is negative.
     """
-    pattern = _pattern(style, prefix)
+    pattern = _pattern(style)
     if weight.dim() != 4:
         raise ValueError(f"{weight.shape=}, expected [R, C, k, k]")
-    return {pattern.format(r): value.unsqueeze(1).clone() for r, value in enumerate(weight.detach(), start=1)}
+    if first < 0:
+        raise ValueError(f"{first=}, expected at least 0")
+    return {
+        prefix + pattern.replace("{}", str(place)): value.unsqueeze(1).clone()
+        for place, value in enumerate(weight.detach(), start=first)
+    }
 
 
-def _pattern(style: str, prefix: str) -> str:
-    if style not in HEAD_KEYS:
-        raise ValueError(f"{style=} is not one of {', '.join(HEAD_KEYS)}")
-    return prefix.replace("{", "{{").replace("}", "}}") + HEAD_KEYS[style]
+def _pattern(style: str) -> str:
+    if style not in HEAD_KEYS and style.count("{}") != 1:
+        raise ValueError(f"{style=} is not one of {', '.join(HEAD_KEYS)}, nor a pattern with one {{}}")
+    return HEAD_KEYS.get(style, style)

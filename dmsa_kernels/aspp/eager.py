@@ -1,12 +1,15 @@
 """The multi-dilation depthwise convolution without Triton: tap accumulation in cache-sized tiles, or the library.
 
 A dilated depthwise convolution is a sum of k * k shifted, scaled copies of the map. PyTorch's own routes take all
-k * k of them through generic code once the filter is dilated; adding up only the taps that fall inside the map, tile
-by tile so that the running sum stays in cache, is faster except where the library has a specialised kernel.
+k * k of them through generic code where the padding is wide or the filter's gradient is dilated; adding up only the
+taps that fall inside the map, tile by tile so that the running sum stays in cache, is faster there. Both work through
+the map in pieces: results that pass the allocator's threshold (32 MiB in glibc) are mapped page by page at every call,
+which costs more than the arithmetic.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -16,14 +19,8 @@ from torch import Tensor
 
 from dmsa_kernels.aspp.layout import Tap, empty_map, in_layout_of, is_channels_last, taps
 
-TILE_ELEMENTS = 1 << 18  # 1 MiB of float32: the running sum of one tile stays in a core's second-level cache
-# A library call of fewer elements than this runs in the calling thread: on small maps, waiting for the other thread
-# after every tap costs more than it brings, and on a busy machine many times more.
-SERIAL_ELEMENTS = (1 << 15) - 1
-SMALL_MAP_ELEMENTS = 1 << 20
-FEW_THREADS = 2
-LIBRARY_ELEMENTS = 1 << 20
-LIBRARY_PADDING = 6
+TILE_ELEMENTS = 1 << 18  # of one thread: the running sum of a tile, 1 MiB of float32, stays in or near its core
+LIBRARY_ELEMENTS = 1 << 19  # of a branch by the library at a time: 2 MiB, far below the allocator's threshold
 WIDE_SUM_ELEMENTS = 1 << 16  # below this, sums in float64 cost next to nothing
 
 
@@ -33,12 +30,7 @@ def multi_dilation_dwconv(
     """Compute ``[B, R * C, H, W]`` (``reduce="concat"``) or ``[B, C, H, W]`` (``"sum"``) from ``x [B, C, H, W]``."""
     branches, channels = weight.shape[:2]
     out = empty_map(x, channels * (1 if reduce == "sum" else branches))
-    if reduce == "concat" and all(library_is_faster(x, weight.shape[-1], d, joined=False) for d in dilations):
-        # All branches at once: joining whole branches is faster than copying each to its place.
-        joined = torch.cat([_library_branch(x, weight, bias, dilations, r) for r in range(branches)], 1)
-        return joined if joined.stride() == out.stride() else out.copy_(joined)
-    outs = [out] if reduce == "sum" else _split(out, branches)
-    _convolve([x] * branches, weight, bias, dilations, outs)
+    _convolve([x] * branches, weight, bias, dilations, out)
     return out
 
 
@@ -49,8 +41,8 @@ def fused_dwconv_project(
     y = F.conv2d(multi_dilation_dwconv(x, weight, bias, dilations, "concat"), projection[:, :, None, None])
     if offset is not None:
         y += offset[:, :, None, None]
-    out = empty_map(x, projection.shape[0])
-    return y if y.stride() == out.stride() else out.copy_(y)
+    strides = empty_map(x[:0], projection.shape[0]).stride()  # the batch does not enter into them
+    return y if y.stride() == strides else empty_map(x, projection.shape[0]).copy_(y)
 
 
 def multi_dilation_dwconv_backward(
@@ -72,7 +64,7 @@ def multi_dilation_dwconv_backward(
     grad_weight = weight.new_empty(weight.shape) if need_weight else weight.new_empty(0)
     grad_bias = weight.new_empty((branches, channels)) if need_bias else weight.new_empty(0)
     if need_x:
-        _convolve(grads, weight.flip(2, 3), None, dilations, [grad_x])
+        _convolve(grads, weight.flip(2, 3), None, dilations, grad_x)
     if need_weight:
         grad_weight.copy_(_weight_gradient(grads, x, weight.shape[-1], dilations))
     if need_bias:
@@ -80,14 +72,20 @@ def multi_dilation_dwconv_backward(
     return grad_x, grad_weight, grad_bias
 
 
-def library_is_faster(out: Tensor, kernel_size: int, dilation: int, joined: bool) -> bool:
+def library_is_faster(out: Tensor, kernel_size: int, dilation: int, summed: bool) -> bool:
     """Whether ``F.conv2d`` beats the taps for one branch of ``out`` ``[B, C, H, W]``; measured, see the benchmarks."""
     if out.device.type != "cpu":
         return True
-    if out.dtype == torch.float64 or (joined and out.dtype != torch.float32):
+    if out.dtype == torch.float64 or (summed and out.dtype != torch.float32):
         return False
     # oneDNN's depthwise kernel takes no padding wider than its register block and falls back to a loop beyond.
-    return torch.backends.mkldnn.is_available() and dilation * (kernel_size // 2) <= LIBRARY_PADDING
+    widest = 6 if _has_avx512() else 4
+    return torch.backends.mkldnn.is_available() and dilation * (kernel_size // 2) <= widest
+
+
+@functools.cache
+def _has_avx512() -> bool:
+    return "AVX512" in torch.backends.cpu.get_cpu_capability()
 
 
 class _Tile(NamedTuple):
@@ -108,15 +106,10 @@ def _split(joined: Tensor, branches: int) -> list[Tensor]:
     return list(joined.unflatten(1, (branches, -1)).unbind(1))
 
 
-def _tile_elements(like: Tensor) -> int:
-    """Return the size of the blocks in which taps are added up into a map ``[B, C, H, W]``."""
-    small = like.numel() <= SMALL_MAP_ELEMENTS and torch.get_num_threads() <= FEW_THREADS
-    return SERIAL_ELEMENTS if small else TILE_ELEMENTS
-
-
-def _tiles(like: Tensor, elements: int) -> Iterator[_Tile]:
-    """Cut a map ``[B, C, H, W]`` into blocks of about ``elements`` that are long runs of its memory."""
+def _tiles(like: Tensor) -> Iterator[_Tile]:
+    """Cut a map ``[B, C, H, W]`` into blocks of about :data:`TILE_ELEMENTS` a thread, long runs of its memory."""
     batch, channels, height, width = like.shape
+    elements = TILE_ELEMENTS * torch.get_num_threads()
     images = max(1, elements // (channels * height * width))
     planes, rows = channels, height
     if images == 1 and is_channels_last(like) and like.dtype == _sum_dtype(like.dtype):
@@ -131,38 +124,40 @@ def _tiles(like: Tensor, elements: int) -> Iterator[_Tile]:
 
 
 def _convolve(
-    sources: Sequence[Tensor], weight: Tensor, bias: Tensor | None, dilations: Sequence[int], outs: Sequence[Tensor]
+    sources: Sequence[Tensor], weight: Tensor, bias: Tensor | None, dilations: Sequence[int], out: Tensor
 ) -> None:
-    """Write the branches, source r convolved with filter r, into R ``outs``, or their sum into the only one.
+    """Write the branches, source r convolved with filter r, side by side into ``out``, or their sum.
 
     Args:
         sources: R maps ``[B, C, H, W]``: the input R times, or the branches' gradients.
         weight: ``[R, C, k, k]``.
         bias: ``[R, C]`` or ``None``.
         dilations: R dilations.
-        outs: R maps or one, ``[B, C, H, W]``, overwritten.
+        out: ``[B, R * C, H, W]``, or ``[B, C, H, W]`` for the sum, overwritten.
     """
-    dtype = _sum_dtype(weight.dtype)
-    joined = len(outs) < len(sources)
-    by_library = [r for r, d in enumerate(dilations) if library_is_faster(outs[0], weight.shape[-1], d, joined)]
+    branches, channels = weight.shape[:2]
+    summed = out.shape[1] < branches * channels
+    outs = [out] * branches if summed else _split(out, branches)
+    by_library = [r for r, d in enumerate(dilations) if library_is_faster(outs[0], weight.shape[-1], d, summed)]
     if by_library:
-        _convolve_by_library(sources, weight, bias, dilations, outs, by_library)
-    by_taps = [r for r in range(len(sources)) if r not in by_library]
+        _convolve_by_library(sources, weight, bias, dilations, out, by_library)
+    by_taps = [r for r in range(branches) if r not in by_library]
     if not by_taps:
         return
-    height, width = outs[0].shape[2:]
+    dtype = _sum_dtype(weight.dtype)
+    height, width = out.shape[2:]
     filters = weight.permute(0, 2, 3, 1).to(dtype).contiguous()[..., None, None]  # [R, k, k, C, 1, 1]
     offsets = None if bias is None else bias.to(dtype)[..., None, None]  # [R, C, 1, 1]
     inside = {dilation: list(taps(weight.shape[-1], dilation, height, width)) for dilation in dilations}
-    for tile in _tiles(outs[0], _tile_elements(outs[0])):
+    for tile in _tiles(outs[0]):
         total = None
         for r in by_taps:
-            out = outs[0 if joined else r][tile.images, tile.channels, tile.top : tile.bottom]
+            target = outs[r][tile.images, tile.channels, tile.top : tile.bottom]
             block = sources[r][tile.images, tile.channels].to(dtype)
-            scales = filters[r, :, :, tile.channels]
-            if total is None or not joined:
-                total = out if out.dtype == dtype else torch.empty_like(out, dtype=dtype)
-                fresh = not (joined and by_library)
+            scales = filters[r, :, :, tile.channels].flatten(0, 1).unbind(0)
+            if total is None or not summed:
+                total = target if out.dtype == dtype else torch.empty_like(target, dtype=dtype)
+                fresh = not (summed and by_library)
             else:
                 fresh = False
             # Long chains of additions lose digits: the branches of large filters are summed up apart.
@@ -173,8 +168,8 @@ def _convolve(
                 total += branch
             if offsets is not None:
                 total += offsets[r, tile.channels]
-            if total is not out and (not joined or r == by_taps[-1]):
-                out.copy_(total)
+            if total is not target and (not summed or r == by_taps[-1]):
+                target.copy_(total)
 
 
 def _convolve_by_library(
@@ -182,51 +177,78 @@ def _convolve_by_library(
     weight: Tensor,
     bias: Tensor | None,
     dilations: Sequence[int],
-    outs: Sequence[Tensor],
-    branches: Sequence[int],
+    out: Tensor,
+    by_library: Sequence[int],
 ) -> None:
-    """Write what :func:`_convolve` writes for ``branches``, a few images at a time so that no large copy is made."""
-    joined = len(outs) < len(sources)
-    dtype = _sum_dtype(weight.dtype) if joined else weight.dtype
-    per_image = outs[0][0].numel() if len(outs[0]) else 1
-    step = max(1, LIBRARY_ELEMENTS // per_image)
-    for b in range(0, len(outs[0]), step):
-        total = None
-        for r in branches:
-            y = _library_branch(sources[r][b : b + step].to(dtype), weight, bias, dilations, r)
-            if not joined:
-                outs[r][b : b + step].copy_(y)
-            else:
-                total = y if total is None else total.add_(y)
-        if total is not None:
-            outs[0][b : b + step].copy_(total)
+    """Write what :func:`_convolve` writes for the branches ``by_library``, a few images at a time.
+
+    Narrow types are computed in float32, for which alone the library's kernel exists on every processor.
+    """
+    branches, channels = weight.shape[:2]
+    summed = out.shape[1] < branches * channels
+    image = out[:1, :channels].numel()
+    step = max(1, LIBRARY_ELEMENTS // image) if out.device.type == "cpu" and image else max(1, len(out))
+    for b in range(0, len(out), step):
+        # One after another: each leaves the cache before the next is computed, unless they are joined.
+        results = (_library_branch(sources[r][b : b + step], weight, bias, dilations, r) for r in by_library)
+        piece = out[b : b + step]
+        if summed:
+            piece.copy_(functools.reduce(Tensor.add_, results))
+        elif is_channels_last(out) and len(by_library) == branches:
+            # The branches of a pixel are adjacent: written one by one, every pixel would be visited R times.
+            torch.cat([result.to(out.dtype) for result in results], 1, out=piece)
+        else:
+            targets = _split(piece, branches)
+            for r, result in zip(by_library, results, strict=True):
+                targets[r].copy_(result)
 
 
 def _library_branch(source: Tensor, weight: Tensor, bias: Tensor | None, dilations: Sequence[int], r: int) -> Tensor:
-    """Return branch ``r`` ``[B, C, H, W]``, computed in the dtype of ``source``."""
+    """Return branch ``r`` ``[B, C, H, W]`` in the dtype that sums are computed in."""
+    dtype = _sum_dtype(weight.dtype)
     return F.conv2d(
-        source,
-        weight[r, :, None].to(source.dtype),
-        None if bias is None else bias[r].to(source.dtype),
+        source.to(dtype),
+        weight[r, :, None].to(dtype),
+        None if bias is None else bias[r].to(dtype),
         padding=dilations[r] * (weight.shape[-1] // 2),
         dilation=dilations[r],
         groups=weight.shape[1],
     )
 
 
-def _add_taps(source: Tensor, scales: Tensor, inside: Sequence[Tap], tile: _Tile, total: Tensor, fresh: bool) -> None:
-    """Add to ``total``, the rows of ``tile``, every tap's share of ``source``; ``fresh`` overwrites what is there."""
+def _window(block: Tensor, top: int, bottom: int, left: int, right: int) -> Tensor:
+    """Return ``block[:, :, top:bottom, left:right]``, at half the cost: a tile makes two such views a tap."""
+    batch, channels = block.shape[:2]
+    row, column = block.stride(2), block.stride(3)
+    offset = block.storage_offset() + top * row + left * column
+    return block.as_strided((batch, channels, bottom - top, right - left), block.stride(), offset)
+
+
+def _add_taps(
+    source: Tensor, scales: Sequence[Tensor], inside: Sequence[Tap], tile: _Tile, total: Tensor, fresh: bool
+) -> None:
+    """Add to ``total``, the rows of ``tile``, every tap's share of ``source``; ``fresh`` overwrites what is there.
+
+    Args:
+        source: ``[b, c, H, W]``, the images and channels of the tile.
+        scales: k * k factors ``[c, 1, 1]``.
+        inside: the taps inside the map, the centre first.
+        tile: where ``total`` lies.
+        total: ``[b, c, rows, W]``.
+        fresh: whether to write the first tap instead of adding it.
+    """
+    kernel_size = round(len(scales) ** 0.5)
     for tap in inside:
         top, bottom = max(tile.top, tap.top), min(tile.bottom, tap.bottom)
         if top >= bottom:
             continue
-        shifted = source[:, :, top + tap.dy : bottom + tap.dy, tap.left + tap.dx : tap.right + tap.dx]
+        shifted = _window(source, top + tap.dy, bottom + tap.dy, tap.left + tap.dx, tap.right + tap.dx)
+        scale = scales[tap.i * kernel_size + tap.j]
         if fresh:  # the centre tap comes first and covers the tile
-            torch.mul(shifted, scales[tap.i, tap.j], out=total)
+            torch.mul(shifted, scale, out=total)
             fresh = False
         else:
-            reached = total[:, :, top - tile.top : bottom - tile.top, tap.left : tap.right]
-            reached.addcmul_(shifted, scales[tap.i, tap.j])
+            _window(total, top - tile.top, bottom - tile.top, tap.left, tap.right).addcmul_(shifted, scale)
 
 
 def _weight_gradient(grads: Sequence[Tensor], x: Tensor, kernel_size: int, dilations: Sequence[int]) -> Tensor:
@@ -237,34 +259,40 @@ def _weight_gradient(grads: Sequence[Tensor], x: Tensor, kernel_size: int, dilat
     channels, height, width = x.shape[1:]
     dtype = _sum_dtype(x.dtype)
     partial_dtype = torch.float64 if x.numel() < WIDE_SUM_ELEMENTS else dtype
-    sums = x.new_zeros((len(dilations), kernel_size, kernel_size, channels), dtype=torch.float64)
+    sums = x.new_zeros((len(dilations), kernel_size * kernel_size, channels), dtype=torch.float64)
     inside = {dilation: list(taps(kernel_size, dilation, height, width)) for dilation in dilations}
     by_taps = []
     for r, dilation in enumerate(dilations):
         if library_weight_gradient_is_faster(x, dilation):
-            sums[r] = _library_weight_gradient(grads[r], x, kernel_size, dilation).permute(1, 2, 0)
+            sums[r] = _library_weight_gradient(grads[r], x, kernel_size, dilation).flatten(1).t()
         else:
             by_taps.append(r)
-    for tile in _tiles(x, TILE_ELEMENTS) if by_taps else ():
+    for tile in _tiles(x) if by_taps else ():
         source = x[tile.images, tile.channels].to(dtype)
         for r in by_taps:
             block = grads[r][tile.images, tile.channels].to(dtype)
+            partial = x.new_zeros((len(sums[r]), *source.shape[:2]), dtype=partial_dtype)  # [k * k, b, c]
             for tap in inside[dilations[r]]:
                 top, bottom = max(tile.top, tap.top), min(tile.bottom, tap.bottom)
                 if top >= bottom:
                     continue
-                shifted = source[:, :, top + tap.dy : bottom + tap.dy, tap.left + tap.dx : tap.right + tap.dx]
-                product = block[:, :, top:bottom, tap.left : tap.right] * shifted
-                sums[r, tap.i, tap.j, tile.channels] += product.sum((2, 3), dtype=partial_dtype).sum(0)
-    return sums.permute(0, 3, 1, 2)
+                product = _window(block, top, bottom, tap.left, tap.right) * _window(
+                    source, top + tap.dy, bottom + tap.dy, tap.left + tap.dx, tap.right + tap.dx
+                )
+                torch.sum(product, (2, 3), dtype=partial_dtype, out=partial[tap.i * kernel_size + tap.j])
+            sums[r, :, tile.channels] += partial.sum(1, dtype=torch.float64)
+    return sums.view(len(dilations), kernel_size, kernel_size, channels).permute(0, 3, 1, 2)
 
 
 def library_weight_gradient_is_faster(x: Tensor, dilation: int) -> bool:
-    """Whether the library's weight gradient beats the taps: its fast kernel knows one layout and no dilation."""
+    """Whether the library's weight gradient beats the taps; measured, see the benchmarks.
+
+    Its fast kernel knows no dilation and, with AVX-512, is lost in the conversion of maps that are channels first.
+    """
     if x.device.type != "cpu":
         return True
     known = x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
-    return known and dilation == 1 and is_channels_last(x) and len(x) > 0
+    return known and dilation == 1 and len(x) > 0 and (is_channels_last(x) or not _has_avx512())
 
 
 def _library_weight_gradient(grad: Tensor, x: Tensor, kernel_size: int, dilation: int) -> Tensor:

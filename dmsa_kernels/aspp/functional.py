@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from dmsa_kernels.backend import BACKENDS
 
 KERNEL_SIZES = (3, 5, 7)
 REDUCTIONS = ("stack", "concat", "sum")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def multi_dilation_dwconv(
@@ -47,11 +48,12 @@ def multi_dilation_dwconv(
     Differentiable once in ``x``, ``weight`` and ``bias``; the gradients are deterministic.
 
     Raises:
-        TypeError: an argument is not a floating-point tensor, or the dtypes differ outside autocast.
+        TypeError: an argument is not a tensor of these dtypes, the dtypes differ outside autocast, or ``dilations`` are
+            no integers.
         ValueError: a shape, a dilation, ``reduce`` or ``backend`` is out of range, or the devices differ.
         RuntimeError: ``backend="triton"`` and the kernels cannot run; the message says why.
     """
-    dilations = list(dilations)
+    dilations = list_of_dilations(dilations)
     check_arguments(x, weight, dilations, bias)
     if reduce not in REDUCTIONS:
         raise ValueError(f"{reduce=} is not one of {', '.join(REDUCTIONS)}")
@@ -97,7 +99,7 @@ def fused_dwconv_project(
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`multi_dilation_dwconv`, and for ``projection`` and ``offset``.
     """
-    dilations = list(dilations)
+    dilations = list_of_dilations(dilations)
     check_arguments(x, weight, dilations, bias)
     check_projection(x, weight, projection, offset)
     if backend not in BACKENDS:
@@ -130,8 +132,8 @@ def check_arguments(x: Tensor, weight: Tensor, dilations: Sequence[int], bias: T
     for name, tensor in named.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name}.dtype={tensor.dtype}, expected a floating-point dtype")
+        if tensor.dtype not in DTYPES:
+            raise TypeError(f"{name}.dtype={tensor.dtype}, expected one of {', '.join(map(str, DTYPES))}")
     if x.dim() != 4:
         raise ValueError(
             f"{x.shape=}, expected [B, C, H, W] (tokens: tokens.transpose(1, 2).unflatten(2, (H, W)) is such a view)"
@@ -154,7 +156,8 @@ def check_arguments(x: Tensor, weight: Tensor, dilations: Sequence[int], bias: T
 
 def check_alike(named: Mapping[str, Tensor], x: Tensor) -> None:
     """Raise unless the tensors are on the device of ``x`` and of its dtype, or autocast makes them so."""
-    autocast = torch.is_autocast_enabled(x.device.type)
+    device_type = x.device.type
+    autocast = device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type)  # meta tensors know none
     for name, tensor in named.items():
         if tensor.device != x.device:
             raise ValueError(f"{name}.device={tensor.device}, expected the device of x, {x.device}")
@@ -162,6 +165,13 @@ def check_alike(named: Mapping[str, Tensor], x: Tensor) -> None:
         casts = autocast and torch.float64 not in (tensor.dtype, x.dtype)
         if tensor.dtype != x.dtype and not casts:
             raise TypeError(f"{name}.dtype={tensor.dtype}, expected the dtype of x, {x.dtype}")
+
+
+def list_of_dilations(dilations: Sequence[int]) -> list[int]:
+    """Return ``dilations`` as a list, or raise the error that names it where it is none."""
+    if not isinstance(dilations, Iterable):
+        raise TypeError(f"{dilations=}, expected a sequence of integers, one a branch, got {type(dilations).__name__}")
+    return list(dilations)
 
 
 def check_dilations(dilations: Sequence[int], branches: int) -> None:

@@ -8,7 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dmsa_kernels.aspp.functional import KERNEL_SIZES, check_dilations, fused_dwconv_project, multi_dilation_dwconv
+from dmsa_kernels.aspp.functional import (
+    KERNEL_SIZES,
+    check_dilations,
+    fused_dwconv_project,
+    list_of_dilations,
+    multi_dilation_dwconv,
+)
 from dmsa_kernels.aspp.launch import fused_projection_is_faster
 from dmsa_kernels.backend import BACKENDS
 
@@ -53,7 +59,13 @@ class DepthwiseASPP(nn.Module):
 
     Attributes:
         weight: ``[R, C, k, k]`` (``[R - 1, C, k, k]`` behind a pointwise first branch).
+        scale: ``[C]`` of a pointwise first branch, or ``None``.
+        bias: ``[R, C]``, or ``None``.
         projection: ``nn.Conv2d`` over ``R * C`` channels (``(R + 1) * C`` with image pooling), branch after branch.
+
+    Raises:
+        TypeError: ``dilations`` is not a sequence of integers.
+        ValueError: another argument is out of its range; the message names it.
     """
 
     def __init__(
@@ -77,6 +89,7 @@ class DepthwiseASPP(nn.Module):
                 raise ValueError(f"{name}={value}, expected at least 1")
         if kernel_size not in KERNEL_SIZES:
             raise ValueError(f"{kernel_size=} is not one of {KERNEL_SIZES}")
+        dilations = list_of_dilations(dilations)
         if len(dilations) < 1 + pointwise_first:
             raise ValueError(f"{dilations=}, expected at least {1 + pointwise_first} with {pointwise_first=}")
         check_dilations(dilations, len(dilations))
@@ -115,9 +128,11 @@ class DepthwiseASPP(nn.Module):
             dilations: R dilations for this call, instead of those the module was made with.
 
         Raises:
-            ValueError: the number of dilations is not the module's, one is below 1, or ``x`` has other channels.
+            TypeError: ``dilations`` is not a sequence of integers, or the dtype of ``x`` is not the parameters'.
+            ValueError: the number of dilations is not the module's, one is below 1, or ``x`` is not
+                ``[B, channels, H, W]``.
         """
-        dilations = list(self.dilations if dilations is None else dilations)
+        dilations = list_of_dilations(self.dilations if dilations is None else dilations)
         check_dilations(dilations, len(self.dilations))
         weight, dilations = self._filters(x, dilations)
         y = self._fused(x, weight, dilations) if self.fused else self._unfused(x, weight, dilations)
@@ -131,7 +146,7 @@ class DepthwiseASPP(nn.Module):
         # 1 x 1 branch rides along in the same pass over x.
         half = self.kernel_size // 2
         centre = F.pad(self.scale[:, None, None], (half, half, half, half))  # [C, k, k]
-        return torch.cat([centre[None], self.weight]), [max(x.shape[2:]), *dilations[1:]]
+        return torch.cat([centre[None], self.weight]), [max(x.shape[2:], default=1), *dilations[1:]]
 
     def _unfused(self, x: Tensor, weight: Tensor, dilations: list[int]) -> Tensor:
         """Return the projection ``[B, out_channels, H, W]`` of the branches, written side by side."""

@@ -155,10 +155,21 @@ def test_large_maps_are_cut_into_tiles(backend, monkeypatch):
         for dtype in (torch.float32, torch.bfloat16):
             for elements in (1, 40, 300):
                 monkeypatch.setattr(eager, "TILE_ELEMENTS", elements)
-                monkeypatch.setattr(eager, "SERIAL_ELEMENTS", elements)
                 x, weight, bias = make((2, 5, 7, 9), rates, layout=layout, dtype=dtype)
                 for reduce in REDUCTIONS:
                     check(x, weight, rates, bias, reduce, backend)
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last", "tokens"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("widest", [True, False])
+def test_the_library_takes_a_few_images_at_a_time(layout, dtype, widest, monkeypatch):
+    monkeypatch.setattr(eager, "_has_avx512", lambda: widest)  # padding up to 6 by the library, or up to 4
+    monkeypatch.setattr(eager, "LIBRARY_ELEMENTS", 2 * 5 * 7 * 9)
+    for rates in ([1, 1, 2, 3], [1, 5, 9]):
+        x, weight, bias = make((5, 5, 7, 9), rates, layout=layout, dtype=dtype)
+        for reduce in REDUCTIONS:
+            check(x, weight, rates, bias, reduce, "eager")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -269,6 +280,8 @@ def bad_calls():
         ("dilations", ValueError, {"dilations": [1, -2]}),
         ("dilations", TypeError, {"dilations": [1, 2.0]}),
         ("dilations", TypeError, {"dilations": [1, True]}),
+        ("dilations", TypeError, {"dilations": 2}),
+        ("x.dtype", TypeError, {"x": x.to(torch.float8_e4m3fn), "weight": weight.to(torch.float8_e4m3fn)}),
         ("reduce", ValueError, {"reduce": "mean"}),
         ("backend", ValueError, {"backend": "cuda"}),
     ]

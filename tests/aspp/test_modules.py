@@ -1,4 +1,4 @@
-"""DepthwiseASPP against the layers it stands for, its arguments, and filters of separable heads."""
+"""DepthwiseASPP against the layers it stands for, and its arguments."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from dmsa_kernels import DepthwiseASPP
-from dmsa_kernels.aspp.convert import HEAD_KEYS, depthwise_from_head, depthwise_to_head
 
 
 def by_layers(module, x, dilations):
@@ -105,29 +104,17 @@ def test_a_call_with_another_number_of_rates_is_refused():
         DepthwiseASPP(3, 4, (1, 2))(torch.randn(1, 3, 5, 5), [1, 2, 3])
 
 
-@pytest.mark.parametrize("style", HEAD_KEYS)
-@pytest.mark.parametrize("prefix", ["", "decode_head."])
-def test_filters_of_heads_load_and_save(style, prefix):
-    rates, channels = (12, 24, 36), 16
-    filters = [torch.randn(channels, 1, 3, 3) for _ in rates]
-    state = {prefix + HEAD_KEYS[style].format(r): value for r, value in enumerate(filters, start=1)}
-    state[prefix + "elsewhere.weight"] = torch.randn(2)
-    module = DepthwiseASPP(channels, 8, rates)
-    with torch.no_grad():
-        module.weight.copy_(depthwise_from_head(state, style, prefix))
-    saved = depthwise_to_head(module.weight, style, prefix)
-    assert {name: tuple(value.shape) for name, value in saved.items()} == {
-        name: (channels, 1, 3, 3) for name in state if "elsewhere" not in name
-    }
-    assert all(torch.equal(saved[name], state[name]) for name in saved)
+@pytest.mark.parametrize("pointwise_first", [True, False])
+@pytest.mark.parametrize("projection", ["fused", "unfused"])
+@pytest.mark.parametrize("shape", [(3,), (2, 30, 3), (1, 5, 6, 6)])
+def test_a_map_of_another_shape_is_refused(pointwise_first, projection, shape):
+    module = DepthwiseASPP(3, 4, (1, 2), pointwise_first=pointwise_first, projection=projection)
+    with pytest.raises(ValueError, match=r"x\.shape"):
+        module(torch.randn(shape))
 
 
-def test_heads_that_do_not_fit_are_named():
-    with pytest.raises(ValueError, match="style"):
-        depthwise_from_head({}, "detectron")
-    with pytest.raises(ValueError, match="aspp_modules"):
-        depthwise_from_head({"a": torch.zeros(1)}, "mmseg")
-    with pytest.raises(ValueError, match="depthwise"):
-        depthwise_from_head({"classifier.0.convs.1.0.weight": torch.zeros(256, 2048, 3, 3)}, "torchvision")
-    with pytest.raises(ValueError, match="weight"):
-        depthwise_to_head(torch.zeros(3, 3), "mmseg")
+def test_a_single_rate_is_no_set():
+    with pytest.raises(TypeError, match="dilations"):
+        DepthwiseASPP(3, 4, 2)
+    with pytest.raises(TypeError, match="dilations"):
+        DepthwiseASPP(3, 4, (1, 2))(torch.randn(1, 3, 5, 5), 2)

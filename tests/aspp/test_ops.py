@@ -94,6 +94,16 @@ def test_switching_rates_leaves_no_memory_behind():
         assert one_cycle() == before
 
 
+def test_meta_tensors_give_shapes_and_strides():
+    with torch.device("meta"):
+        module = DepthwiseASPP(3, 4, (1, 2), norm=None)
+        x = torch.empty(2, 5, 6, 3).permute(0, 3, 1, 2)
+    y = multi_dilation_dwconv(x, module.weight, (1, 2), reduce="concat")
+    assert y.shape == (2, 6, 5, 6)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert module(x).shape == (2, 4, 5, 6)
+
+
 def test_import_needs_neither_triton_nor_its_folder():
     code = (
         "import sys; sys.modules['triton'] = None\n"

@@ -91,6 +91,15 @@ def test_wide_offsets_are_used_where_one_image_passes_2_to_the_31():
     assert needs_wide_offsets(small, 0, outputs, outputs[0].numel(), 3, 128)
 
 
+def test_one_kernel_serves_every_dilation_set():
+    """Triton compiles anew for the value 1 and for multiples of 16; a launch has neither."""
+    from dmsa_kernels.aspp.triton.forward import launch_dilations
+
+    launched = launch_dilations(range(1, 65), 40)
+    assert [value >> 1 for value in launched] == [min(dilation, 40) for dilation in range(1, 65)]
+    assert all(value > 1 and value % 16 for value in launched)
+
+
 def test_empty_batch():
     x, weight, bias = make((0, 4, 5, 6), [1, 2])
     y, grads = differentiate(

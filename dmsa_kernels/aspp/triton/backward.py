@@ -11,17 +11,24 @@ from torch import Tensor
 
 from dmsa_kernels.aspp.launch import weight_plan
 from dmsa_kernels.aspp.layout import empty_map, in_layout_of, is_channels_last
-from dmsa_kernels.aspp.triton.forward import _shift, _tile_offsets, launch_gather, needs_wide_offsets, tap_major
+from dmsa_kernels.aspp.triton.forward import (
+    _shift,
+    _tile_offsets,
+    launch_dilations,
+    launch_gather,
+    needs_wide_offsets,
+    tap_major,
+)
 from dmsa_kernels.tuning import OfflineCase
 
 
-@triton.jit(do_not_specialize=["dilations"])
+@triton.jit
 def dwconv_bwd_w_kernel(
     grad_ptr,
     x_ptr,
     grad_w_ptr,  # [S, R, k, k, C] float32
     grad_bias_ptr,  # [S, R, C] float32
-    dilations,
+    dilations,  # of launch_dilations
     batch,
     channels,
     height,
@@ -60,6 +67,7 @@ def dwconv_bwd_w_kernel(
     dilation = dilations[0]
     for r in tl.static_range(1, R):
         dilation = tl.where(i_r == r, dilations[r], dilation)
+    dilation = dilation >> 1
     pixels = height * width
     tiles = tl.cdiv(pixels, BLOCK_P)
     o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -172,7 +180,7 @@ def _parameter_gradients(
         x,
         partial_w,
         partial_bias,
-        tuple(min(dilation, farthest) for dilation in dilations),
+        launch_dilations(dilations, farthest),
         batch,
         channels,
         height,

@@ -157,13 +157,13 @@ def _add_taps(
     return acc
 
 
-@triton.jit(do_not_specialize=["dilations", "stride_w_tile"])
+@triton.jit(do_not_specialize=["stride_w_tile"])
 def dwconv_fwd_kernel(
     x_ptr,
     w_ptr,
     bias_ptr,
     y_ptr,
-    dilations,
+    dilations,  # of launch_dilations
     channels,
     height,
     width,
@@ -250,7 +250,7 @@ def dwconv_fwd_kernel(
                     o_c,
                     first_row,
                     last_row,
-                    dilations[r],
+                    dilations[r] >> 1,
                     height,
                     width,
                     channels,
@@ -290,6 +290,19 @@ def tap_major(weight: Tensor) -> Tensor:
     return weight.permute(0, 2, 3, 1).contiguous()
 
 
+def launch_dilations(dilations: Sequence[int], farthest: int) -> tuple[int, ...]:
+    """Return the dilations as the kernels take them: twice themselves plus one.
+
+    Triton compiles a kernel anew for arguments that are 1 or multiples of 16, entries of a tuple included, whatever
+    ``do_not_specialize`` says. Odd numbers above 1 are neither, so that one kernel serves every dilation set.
+
+    Args:
+        dilations: R dilations.
+        farthest: the larger side of the map: off-centre taps that far are outside, larger dilations change nothing.
+    """
+    return tuple(2 * min(dilation, farthest) + 1 for dilation in dilations)
+
+
 def launch_gather(
     source: Tensor,
     source_branch_stride: int,
@@ -318,13 +331,13 @@ def launch_gather(
     plan = gather_plan(batch, channels, height * width, kernel_size, out.dtype, channels_last)
     blocks = triton.cdiv(channels, plan.block_c)
     bands = triton.cdiv(height * width, plan.block_p * plan.tiles)
-    farthest = max(height, width)  # off-centre taps that far are outside: larger dilations change nothing
+    farthest = max(height, width)
     dwconv_fwd_kernel[(batch * blocks * bands,)](
         source,
         filters,
         None if bias is None else bias.contiguous(),
         out,
-        tuple(min(dilation, farthest) for dilation in dilations),
+        launch_dilations(dilations, farthest),
         channels,
         height,
         width,

@@ -11,11 +11,18 @@ from torch import Tensor
 
 from dmsa_kernels.aspp.launch import project_plan
 from dmsa_kernels.aspp.layout import empty_map
-from dmsa_kernels.aspp.triton.forward import _add_taps, _shift, _tile_offsets, needs_wide_offsets, tap_major
+from dmsa_kernels.aspp.triton.forward import (
+    _add_taps,
+    _shift,
+    _tile_offsets,
+    launch_dilations,
+    needs_wide_offsets,
+    tap_major,
+)
 from dmsa_kernels.tuning import OfflineCase
 
 
-@triton.jit(do_not_specialize=["dilations"])
+@triton.jit
 def dwconv_project_fwd_kernel(
     x_ptr,
     w_ptr,  # [R, k, k, C]
@@ -23,7 +30,7 @@ def dwconv_project_fwd_kernel(
     projection_ptr,  # [R, C, O]
     offset_ptr,  # [B, O]
     y_ptr,
-    dilations,
+    dilations,  # of launch_dilations
     channels,
     out_channels,
     height,
@@ -89,7 +96,7 @@ def dwconv_project_fwd_kernel(
                 o_c,
                 first_row,
                 last_row,
-                dilation,
+                dilation >> 1,
                 height,
                 width,
                 channels,
@@ -129,7 +136,7 @@ def fused_dwconv_project(
         return out
     plan = project_plan(out_channels, x.dtype)
     bands = triton.cdiv(height * width, plan.block_p)
-    farthest = max(height, width)  # off-centre taps that far are outside: larger dilations change nothing
+    farthest = max(height, width)
     dwconv_project_fwd_kernel[(batch * bands * triton.cdiv(out_channels, plan.block_o),)](
         x,
         tap_major(weight),
@@ -137,7 +144,7 @@ def fused_dwconv_project(
         projection.t().contiguous(),
         None if offset is None else offset.contiguous(),
         out,
-        tuple(min(dilation, farthest) for dilation in dilations),
+        launch_dilations(dilations, farthest),
         channels,
         out_channels,
         height,
