@@ -1,10 +1,15 @@
 """Train DMSA.
 
 One process, the embedded data set and backbone (minutes on two CPU cores):
+
     python train.py
+
 PASCAL VOC 2012 on one host with six GPUs (the same global batch whatever their number):
+
     torchrun --nproc_per_node=6 train.py --preset voc --data.root /data/voc
+
 Two hosts; run it on both, HOST is one of them:
+
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29400 train.py --preset coco80 \\
         --data.root /data/coco
 

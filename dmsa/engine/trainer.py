@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from dmsa import data
 from dmsa.config import Config, to_dict, validate
+from dmsa.data.base import few
 from dmsa.engine import checkpoint, distributed
 from dmsa.engine.checkpoint import Checkpoints
 from dmsa.engine.evaluate import evaluate
@@ -31,6 +32,7 @@ from dmsa.engine.report import draw_panels, png_bytes, report_text
 from dmsa.engine.run import RunFolder, launch_command
 from dmsa.engine.sampler import EpochBatches
 from dmsa.engine.task import LOSSES, Classes, Prepared, Task
+from dmsa.labels.cache import image_count
 from dmsa.labels.clustering import prepare_centroids
 from dmsa.models.encoder import Encoder, build_encoder
 from dmsa.protocols import Protocol
@@ -64,6 +66,8 @@ class State:
     """The entry with the highest mIoU."""
     assignment: list[int] | None = None
     """Predicted id that stands for every class, from the last evaluation."""
+    skipped: list[str] = dataclasses.field(default_factory=list)
+    """Training images that could not be decoded, as far as they are logged."""
 
 
 def train(config: Config, argv: list[str] | None = None) -> dict[str, Any]:
@@ -198,8 +202,9 @@ class Trainer:
         self.task.teacher.load_state_dict({**found["teacher"], "initial": found["initial"]})
         self.optimizer.load_state_dict(found["optimizer"])
         self.scaler.load_state_dict(found["scaler"])
-        names = ("epoch", "position", "step", "trained_epoch", "scores", "best", "assignment")
-        self.state = State(**{name: found[name] for name in names})
+        self.state = State(**{field.name: found[field.name] for field in dataclasses.fields(State)})
+        if found["skipped_images"]:
+            self.train_data.remember_skipped(found["skipped_images"])
         if distributed.is_main() and self.state.best and self.state.best["step"] == self.state.step:
             # The process may have died between writing this checkpoint and marking it as the best.
             self.store.mark_best(self.store.newest())
@@ -347,11 +352,29 @@ class Trainer:
         state, config = self.state, self.config
         epoch = state.epoch
         state.epoch, state.position = epoch + 1, 0
+        self._log_skipped(epoch)
         improved = False
         if (epoch + 1) % config.train.eval_every == 0 or epoch + 1 == config.train.epochs:
             improved = self._evaluate(epoch)
         self._save(best=improved)
         self._report(finished=False)
+
+    def _skipped(self) -> list[str]:
+        """Return the training images that no process could decode, in every process."""
+        own = self.train_data.skipped() if hasattr(self.train_data, "skipped") else []
+        return sorted(set().union(*distributed.gather_objects(own)))
+
+    def _log_skipped(self, epoch: int) -> None:
+        """Log which training images turned out to be damaged in this epoch, if any did."""
+        found = self._skipped()
+        new = sorted(set(found) - set(self.state.skipped))
+        if new:
+            self.state.skipped = found
+            self.log.write("skipped", self.state.step, {"epoch": epoch, "images": len(found), "new": new})
+            say(
+                f"epoch {epoch + 1}: {len(found)} of {image_count(self.train_data)} training images cannot be decoded, "
+                f"others take their places: {few(new)}"
+            )
 
     def _evaluate(self, epoch: int) -> bool:
         """Score the student and draw panels; return whether it is the best so far."""
@@ -380,6 +403,7 @@ class Trainer:
                 "images": report.images,
                 "protocol": protocol.name,
                 "conditions": report.conditions,
+                "notes": report.notes(),
             }
             state.scores.append(entry)
             state.assignment = entry["assignment"]
@@ -391,7 +415,7 @@ class Trainer:
             self.log.write("eval", state.step, {**{key: entry[key] for key in shown}, "iou": named})
             say(
                 f"epoch {epoch + 1}/{config.train.epochs}: mIoU {100 * entry['miou']:.2f}, "
-                f"accuracy {100 * entry['accuracy']:.2f} ({report.conditions})"
+                f"accuracy {100 * entry['accuracy']:.2f} ({'; '.join([report.conditions, *entry['notes']])})"
             )
         if distributed.is_main() and config.train.panels:
             count = min(config.train.panels, len(self.val_data))
@@ -423,6 +447,10 @@ class Trainer:
             commit=git_commit(),
             panels=[f"panels/{name}" for name in panels[-1:]],
             finished=finished,
+            damaged={
+                "training": self.state.skipped,
+                "feature bank": json.loads(self.centroids["provenance"]).get("skipped", []),
+            },
         )
         path = self.folder.write_text("report.md", text)
         if finished:
@@ -439,16 +467,17 @@ class Trainer:
     def _save(self, best: bool = False) -> None:
         """Write a checkpoint; every process takes part."""
         generators = distributed.gather_objects(checkpoint.rng_state())
+        skipped = self._skipped()
 
         def write() -> None:
-            path = self.store.save(self._snapshot(generators))
+            path = self.store.save(self._snapshot(generators, skipped))
             if best:
                 self.store.mark_best(path)
 
         distributed.on_main(write)
         self._last_save = time.monotonic()
 
-    def _snapshot(self, generators: list[dict[str, Any]]) -> dict[str, Any]:
+    def _snapshot(self, generators: list[dict[str, Any]], skipped: list[str]) -> dict[str, Any]:
         teacher = self.task.teacher.state_dict()
         initial = teacher.pop("initial")
         return {
@@ -463,6 +492,7 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "rng": generators,
             **dataclasses.asdict(self.state),
+            "skipped_images": skipped,
             "alpha_counter": self.task.teacher.epochs_since_snapshot,
             "rates": list(self.task.rates(self.state.trained_epoch, (1, 1))),
             "centroids": self.centroids,

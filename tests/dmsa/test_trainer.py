@@ -2,6 +2,7 @@ import dataclasses
 import errno
 import os
 import random
+import re
 import subprocess
 import sys
 import textwrap
@@ -508,6 +509,67 @@ def test_photographs_without_labels_train_without_scores(tmp_path):
     assert "No scores" in (tmp_path / "run" / "report.md").read_text()
     assert (tmp_path / "run" / "panels" / "epoch-0001.png").is_file()
     assert not (tmp_path / "run" / "checkpoints" / "best.pt").exists()
+
+
+def photographs(folder, masks, damaged=()):
+    """Write twelve noise images with or without masks, some of them cut off in the middle."""
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for kind in ("images", "masks"):
+            (folder / kind / split).mkdir(parents=True)
+        for number in range(12):
+            path = folder / "images" / split / f"{number:02d}.jpg"
+            Image.fromarray((rng.random((40, 56, 3)) * 255).astype(np.uint8)).save(path)
+            if masks:
+                mask = np.full((40, 56), number % 4, dtype=np.uint8)
+                Image.fromarray(mask).save(folder / "masks" / split / f"{number:02d}.png")
+            if (split, number) in damaged:
+                path.write_bytes(path.read_bytes()[:300])
+
+
+def folder_config(out, root, **train_options):
+    base = tiny_config(out, **train_options)
+    data = dataclasses.replace(base.data, name="folder", root=str(root), classes=4, train_images=None, val_images=None)
+    return dataclasses.replace(base, data=data, labels=dataclasses.replace(base.labels, bank_images=None))
+
+
+@pytest.mark.filterwarnings("ignore:skipped", "ignore:feature bank")
+def test_damaged_images_are_named_in_report_log_and_metrics(tmp_path, capsys):
+    photographs(tmp_path / "data", masks=True, damaged={("train", 3), ("train", 7), ("val", 5)})
+    train(folder_config(tmp_path / "run", tmp_path / "data", epochs=2, batch=12), ["train.py"])
+    report = (tmp_path / "run" / "report.md").read_text()
+    assert "- training, 2 left out: 03, 07" in report
+    assert re.search(r"- feature bank, 2 left out: cannot decode \S*03.jpg: .*, cannot decode \S*07.jpg: ", report)
+    assert re.search(r"- 1 images could not be decoded and are not in the score: 05 \(cannot decode .*05.jpg", report)
+    assert "epoch 1: 2 of 12 training images cannot be decoded, others take their places: 03, 07" in (
+        printed := capsys.readouterr().out
+    )
+    assert "epoch 2: 2 of 12" not in printed
+    assert "05 (cannot decode" in printed
+    found = [line for line in lines(tmp_path / "run") if line["kind"] == "skipped"]
+    assert found == [{"kind": "skipped", "step": 1, "epoch": 0, "images": 2, "new": ["03", "07"]}]
+
+
+@pytest.mark.filterwarnings("ignore:skipped", "ignore:feature bank")
+def test_damaged_images_are_not_forgotten_by_a_run_that_goes_on(tmp_path, monkeypatch):
+    photographs(tmp_path / "data", masks=True, damaged={("train", 3), ("train", 7)})
+    one, two = (folder_config(tmp_path / name, tmp_path / "data", epochs=2, batch=4) for name in ("one", "two"))
+    train(one, ["train.py"])
+    steps, step = iter(range(2)), Trainer._step
+
+    def stopped(self, batch):
+        next(steps)
+        return step(self, batch)
+
+    monkeypatch.setattr(Trainer, "_step", stopped)  # StopIteration in the middle of the first epoch
+    with pytest.raises(StopIteration):
+        train(two, ["train.py"])
+    monkeypatch.undo()
+    train(two, ["train.py"])
+    assert_same_runs(tmp_path / "one", tmp_path / "two")
+    assert (tmp_path / "two" / "report.md").read_text() == (tmp_path / "one" / "report.md").read_text()
 
 
 def test_encoder_may_be_any_vit_with_random_weights():
