@@ -18,6 +18,8 @@ The same command again goes on from the run folder's last checkpoint.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -37,9 +39,17 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, TypeError, OSError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
-    from dmsa.engine.trainer import train
+    from dmsa.engine.trainer import CANNOT_START, started
 
-    train(config, [sys.argv[0], *(sys.argv[1:] if argv is None else argv)])
+    with contextlib.ExitStack() as stack:
+        try:
+            trainer = stack.enter_context(started(config, [sys.argv[0], *(sys.argv[1:] if argv is None else argv)]))
+        except CANNOT_START as error:
+            if "TORCHELASTIC_RUN_ID" in os.environ:
+                raise  # the launcher shows which process failed, and with what
+            print(f"train.py: error: {error}", file=sys.stderr)
+            return 2
+        trainer.run()
     return 0
 
 

@@ -110,9 +110,10 @@ class Progress:
         """Count the images of a step."""
         self._bar.update(images)
 
-    def losses(self, losses: dict[str, float]) -> None:
-        """Show the losses of the last logging step."""
-        self._bar.set_postfix({name: f"{value:.3f}" for name, value in losses.items()}, refresh=False)
+    def losses(self, losses: dict[str, float], entropy: float, active: str) -> None:
+        """Show the losses of the last logging step, and the labels' entropy and active classes."""
+        shown = {name: f"{value:.3f}" for name, value in losses.items()}
+        self._bar.set_postfix({**shown, "entropy": f"{entropy:.2f}", "active": active}, refresh=False)
 
     def rate(self) -> float:
         """Return images per second since the last calls, 0 while unknown."""

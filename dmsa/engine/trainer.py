@@ -29,7 +29,7 @@ from dmsa.engine.evaluate import evaluate
 from dmsa.engine.files import write_atomically
 from dmsa.engine.logging import MetricsLog, Progress, git_commit, say
 from dmsa.engine.report import draw_panels, png_bytes, report_text
-from dmsa.engine.run import RunFolder, launch_command
+from dmsa.engine.run import FolderBusyError, RunFolder, launch_command
 from dmsa.engine.sampler import EpochBatches
 from dmsa.engine.task import LOSSES, Classes, Prepared, Task
 from dmsa.labels.cache import image_count
@@ -42,6 +42,10 @@ ACTIVE_SHARE = 0.001
 WATCHED = (*LOSSES, "total", "gradient")
 """What must stay finite."""
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+CANNOT_START = (ValueError, TypeError, OSError, FolderBusyError)
+"""Errors of `started` that are about options, data or files, and say so."""
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -86,11 +90,18 @@ def train(config: Config, argv: list[str] | None = None) -> dict[str, Any]:
         OSError: the run folder or a checkpoint cannot be written; the previous checkpoint is intact.
         NonFiniteLossError: names the loss; the batch is in the run folder.
     """
+    with started(config, argv) as trainer:
+        return trainer.run()
+
+
+@contextlib.contextmanager
+def started(config: Config, argv: list[str] | None = None) -> Iterator[Trainer]:
+    """Join the other processes, build the run and yield it; arguments and errors are those of `train`."""
     validate(config)
     with distributed.process_group() as device:
         trainer = Trainer(config, device, sys.argv if argv is None else argv)
         try:
-            return trainer.run()
+            yield trainer
         finally:
             trainer.close()
 
@@ -118,12 +129,12 @@ class Trainer:
         )
         self.store = Checkpoints(Path(config.out) / "checkpoints", config.train.keep_checkpoints)
         found = self._find_checkpoint()
-        distributed.on_main(lambda: self._open_folder())
-
         seed_everything(config.train.seed)
         with distributed.main_first():
             self.encoder = build_encoder(config.model.encoder, config.model.weights).to(device)
+        self._check_sizes()
         self.encoder_hash = fingerprint(self.encoder)
+        distributed.on_main(lambda: self._open_folder())
         self.centroids = self._centroids(found)
         # The bank may come from a cache: what is drawn from here on must not depend on that.
         seed_everything(config.train.seed)
@@ -164,6 +175,24 @@ class Trainer:
 
         distributed.on_main(read)
         return distributed.broadcast_state(found)
+
+    def _check_sizes(self) -> None:
+        """Check what depends on the encoder now, before hours go into the feature bank."""
+        patch, width = self.encoder.patch_size, self.encoder.embed_dim
+        for name in ("size", "crop"):
+            side = getattr(self.config.data, name)
+            if side % patch:
+                raise ValueError(
+                    f"data.{name}={side} is not a multiple of the patch size {patch} of {self.config.model.encoder}; "
+                    f"the nearest are {side // patch * patch} and {(side // patch + 1) * patch}"
+                )
+        heads = self.config.model.decoder_heads
+        if width % heads:
+            fitting = [number for number in range(1, 17) if width % number == 0]
+            raise ValueError(
+                f"model.decoder_heads={heads} does not divide the width {width} of {self.config.model.encoder}; "
+                f"choose one of {', '.join(map(str, fitting))}"
+            )
 
     def _open_folder(self) -> None:
         self.folder = RunFolder(self.config.out)
@@ -306,6 +335,7 @@ class Trainer:
             self._stop_nonfinite()
         share = labels / max(labels.sum(), 1)
         entropy = max(0.0, float(-(share[share > 0] * np.log(share[share > 0])).sum()))
+        active = int((share >= ACTIVE_SHARE).sum())
         self.log.write(
             "train",
             self.state.step,
@@ -314,11 +344,13 @@ class Trainer:
                 "loss": {name: means[name] for name in (*LOSSES, "total")},
                 "gradient_norm": means["gradient"],
                 "label_entropy": entropy,
-                "active_classes": int((share >= ACTIVE_SHARE).sum()),
+                "active_classes": active,
             },
         )
         self.log.speed(self.state.step, self.progress.rate())
-        self.progress.losses({name: means[name] for name in (*LOSSES, "total")})
+        self.progress.losses(
+            {name: means[name] for name in (*LOSSES, "total")}, entropy, f"{active}/{self.classes.num_classes}"
+        )
         return due
 
     def _stop_nonfinite(self) -> None:
@@ -417,6 +449,8 @@ class Trainer:
                 f"epoch {epoch + 1}/{config.train.epochs}: mIoU {100 * entry['miou']:.2f}, "
                 f"accuracy {100 * entry['accuracy']:.2f} ({'; '.join([report.conditions, *entry['notes']])})"
             )
+        else:
+            say(f"epoch {epoch + 1}/{config.train.epochs}: no score, the validation images have no labels")
         if distributed.is_main() and config.train.panels:
             count = min(config.train.panels, len(self.val_data))
             indices = [i * len(self.val_data) // count for i in range(count)]

@@ -180,7 +180,9 @@ def test_launch_command_names_torchrun(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "6")
     monkeypatch.setenv("WORLD_SIZE", "12")
-    assert launch_command(["train.py"]) == "torchrun --nnodes=2 --nproc_per_node=6 train.py"
+    assert launch_command(["train.py"]) == (
+        "torchrun --nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=HOST:PORT --nproc_per_node=6 train.py"
+    )
 
 
 # What goes wrong
@@ -225,6 +227,50 @@ def test_full_disk_while_training_keeps_the_previous_checkpoint(tmp_path, finish
     monkeypatch.undo()
     train(tiny_config(out), ["train.py"])
     assert_same_runs(finished[0], out)
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "words"),
+    [
+        ("data", {"crop": 44}, "data.crop=44 is not a multiple of the patch size 8 of shapes_vit_tiny.*40 and 48"),
+        ("data", {"size": 50}, "data.size=50 is not a multiple.*48 and 56"),
+        ("model", {"decoder_heads": 5}, "model.decoder_heads=5 does not divide the width 128.*choose one of 1, 2, 4"),
+        ("model", {"encoder": "vit_smal_patch8_224.dino"}, "did you mean vit_small_patch8_224.dino"),
+    ],
+)
+def test_sizes_are_checked_before_the_feature_bank_and_before_anything_is_written(tmp_path, section, change, words):
+    config = tiny_config(tmp_path / "run")
+    part = dataclasses.replace(getattr(config, section), **change)
+    with pytest.raises(ValueError, match=words):
+        train(dataclasses.replace(config, **{section: part}), ["train.py"])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--preset", "voc"], "data set 'voc' needs a folder, --data.root FOLDER"),
+        (["--out", "{tmp}/file/run"], "cannot create .*choose another --out"),
+        (["--out", "{tmp}/busy"], "another process is training in this folder"),
+        (["--train.batch", "9999"], "train.batch=9999 is more than the 512 training samples"),
+    ],
+)
+def test_a_run_that_cannot_start_says_so_in_one_line(tmp_path, capsys, options, words):
+    import train as script
+
+    (tmp_path / "file").touch()
+    holder = subprocess.Popen(
+        [sys.executable, "-c", "import sys; from dmsa.engine.run import RunFolder; f = RunFolder(sys.argv[1]);"
+         "print(flush=True); sys.stdin.read()", str(tmp_path / "busy")],
+        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    holder.stdout.readline()
+    status = script.main([word.format(tmp=tmp_path) for word in options])
+    holder.communicate()
+    printed = capsys.readouterr().err.strip()
+    assert status == 2
+    assert re.search(f"^train.py: error: .*{words}", printed)
+    assert "Traceback" not in printed
 
 
 def test_folder_that_cannot_be_written(tmp_path):
@@ -492,7 +538,7 @@ def test_window_adds_up_and_finds_the_first_broken_step():
     assert window.first_broken()["step"] == 7
 
 
-def test_photographs_without_labels_train_without_scores(tmp_path):
+def test_photographs_without_labels_train_without_scores(tmp_path, capsys):
     from PIL import Image
 
     rng = np.random.default_rng(0)
@@ -507,6 +553,9 @@ def test_photographs_without_labels_train_without_scores(tmp_path):
     result = train(dataclasses.replace(base, data=data), ["train.py"])
     assert result["best"] is None
     assert "No scores" in (tmp_path / "run" / "report.md").read_text()
+    printed = capsys.readouterr()
+    assert "epoch 1/1: no score, the validation images have no labels" in printed.out
+    assert re.search(r"total=\d+\.\d+, entropy=\d\.\d\d, active=\d/4", printed.err)
     assert (tmp_path / "run" / "panels" / "epoch-0001.png").is_file()
     assert not (tmp_path / "run" / "checkpoints" / "best.pt").exists()
 
