@@ -14,7 +14,7 @@ import yaml
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dmsa.config import Config, load_preset
-from dmsa.engine import checkpoint
+from dmsa.engine import checkpoint, logging
 from dmsa.engine.run import RunFolder, launch_command
 from dmsa.engine.task import Classes, Task
 from dmsa.engine.trainer import NonFiniteLossError, Trainer, Window, train
@@ -271,6 +271,41 @@ def test_a_run_that_cannot_start_says_so_in_one_line(tmp_path, capsys, options, 
     assert status == 2
     assert re.search(f"^train.py: error: .*{words}", printed)
     assert "Traceback" not in printed
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+@pytest.mark.parametrize("victim", ["metrics.jsonl", "tensorboard"])
+def test_full_disk_while_logging_names_the_file(tmp_path, finished, monkeypatch, victim):
+    out = tmp_path / "run"
+    train(tiny_config(out, epochs=1), ["train.py"])
+    log = logging.MetricsLog.write
+
+    def full(self, kind, step, values):
+        if step == 4:
+            stream = open("/dev/full", "ab")  # noqa: SIM115 (the log closes it)
+            if victim == "metrics.jsonl":
+                self._stream = stream
+            else:
+                self._board.add_scalar = lambda *_: stream.write(b"x" * 100000)
+        log(self, kind, step, values)
+
+    monkeypatch.setattr(logging.MetricsLog, "write", full)
+    with pytest.raises(OSError, match=rf"could not write \S*{victim}: the disk is full.*The checkpoints are intact"):
+        train(tiny_config(out), ["train.py"])
+    monkeypatch.undo()
+    train(tiny_config(out), ["train.py"])
+    assert_same_runs(finished[0], out)
+
+
+def test_full_disk_while_building_the_bank_names_the_file(tmp_path, monkeypatch):
+    def savez(stream, **arrays):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", savez)
+    with pytest.raises(OSError, match=r"could not write \S*part-000000.npz: No space left on device") as caught:
+        train(tiny_config(tmp_path / "run"), ["train.py"])
+    assert caught.value.errno == errno.ENOSPC
+    assert not list((tmp_path / "run" / "cache").rglob("*.npz"))
 
 
 def test_folder_that_cannot_be_written(tmp_path):
