@@ -49,7 +49,13 @@ def main(argv: list[str] | None = None) -> int:
                 raise  # the launcher shows which process failed, and with what
             print(f"train.py: error: {error}", file=sys.stderr)
             return 2
-        trainer.run()
+        try:
+            trainer.run()
+        except KeyboardInterrupt:
+            newest = trainer.store.newest()
+            goes_on = f"goes on from {newest}" if newest else "begins again: there is no checkpoint yet"
+            print(f"\ntrain.py: stopped; the same command {goes_on}", file=sys.stderr)
+            return 130
     return 0
 
 

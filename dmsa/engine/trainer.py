@@ -361,21 +361,26 @@ class Trainer:
         ranks = [rank for rank, item in enumerate(everyone) if item and item["step"] == step]
         values = everyone[ranks[0]]["values"]
         folder = Path(self.config.out) / "nonfinite"
+        kept = f"The batch is in {folder}"
         if self.rank in ranks:
             position = self.state.position - (self.state.step - step)
             self.sampler.set_epoch(self.state.epoch, position)
             # Samples depend on seed, epoch and index alone, so the batch can be made again.
             batch = default_collate([self.train_data[index] for index in next(iter(self.sampler))])
-            folder.mkdir(parents=True, exist_ok=True)
-            path = folder / f"step-{step:08d}-rank{self.rank}.pt"
-            torch.save({**batch, "epoch": self.state.epoch, "step": step, "losses": own["values"]}, path)
+            saved = {**batch, "epoch": self.state.epoch, "step": step, "losses": own["values"]}
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                path = folder / f"step-{step:08d}-rank{self.rank}.pt"
+                write_atomically(path, lambda stream: torch.save(saved, stream))
+            except OSError as error:
+                kept = f"The batch could not be kept ({error})"
         distributed.barrier()
         newest = self.store.newest()
         names = [name for name, value in values.items() if not math.isfinite(value)]
         raise NonFiniteLossError(
             f"{' and '.join(name for name in names if name != 'total' or len(names) == 1)} became "
             f"{values[names[0]]} in step {step} (epoch {self.state.epoch + 1}) on rank {', '.join(map(str, ranks))}: "
-            f"{ {name: round(value, 4) for name, value in values.items()} }. The batch is in {folder}; "
+            f"{ {name: round(value, 4) for name, value in values.items()} }. {kept}; "
             + (f"{newest} is intact" if newest else "no checkpoint was written yet")
             + ". Try a smaller --train.lr, or --train.precision fp32"
         )

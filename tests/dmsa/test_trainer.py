@@ -384,6 +384,33 @@ def test_non_finite_value_stops_the_run_and_saves_the_batch(tmp_path, monkeypatc
     assert checkpoint.load(out / "checkpoints" / "step-00000002.pt")["step"] == 2
 
 
+def test_non_finite_loss_is_named_although_the_disk_is_full(tmp_path, monkeypatch):
+    losses = Task.losses
+
+    def broken(self, prepared, counts, epoch):
+        return {name: value * float("nan") for name, value in losses(self, prepared, counts, epoch).items()}
+
+    def full(state, stream):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Task, "losses", broken)
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(NonFiniteLossError, match=r"became nan in step 0 .*could not be kept .*the disk is full"):
+        train(tiny_config(tmp_path / "run"), ["train.py"])
+
+
+def test_interrupted_from_the_keyboard_says_how_to_go_on(tmp_path, capsys, monkeypatch):
+    import train as script
+
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    (tmp_path / "preset.yaml").write_text(tiny_config(tmp_path / "run").to_yaml())
+    monkeypatch.setattr(Trainer, "run", interrupted)
+    assert script.main(["--preset", str(tmp_path / "preset.yaml")]) == 130
+    assert "train.py: stopped; the same command begins again" in capsys.readouterr().err
+
+
 def test_batch_larger_than_the_data(tmp_path):
     with pytest.raises(ValueError, match=r"train\.batch=17 is more than the 16 training samples"):
         train(tiny_config(tmp_path / "run", batch=17), ["train.py"])
