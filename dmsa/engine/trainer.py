@@ -157,6 +157,7 @@ class Trainer:
             checkpoint.set_rng_state(found["rng"][self.rank])
         self.log = MetricsLog(config.out, keep_bytes=keep_bytes, step=self.state.step)
         self.window = Window(self.classes.num_classes, device)
+        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._last_save = time.monotonic()
 
     # Building the parts
@@ -333,6 +334,12 @@ class Trainer:
         means, labels, due, broken = self.window.read(due)
         if broken:
             self._stop_nonfinite()
+        if self._launcher not in (None, os.getppid()):
+            # A launcher killed with SIGKILL stops nobody, and its processes would hold the run folder.
+            raise RuntimeError(
+                f"torchrun (process {self._launcher}) is gone, and so this process stops; the same command goes on "
+                f"from {self.store.newest() or 'the beginning'}"
+            )
         share = labels / max(labels.sum(), 1)
         entropy = max(0.0, float(-(share[share > 0] * np.log(share[share > 0])).sum()))
         active = int((share >= ACTIVE_SHARE).sum())

@@ -399,6 +399,17 @@ def test_non_finite_loss_is_named_although_the_disk_is_full(tmp_path, monkeypatc
         train(tiny_config(tmp_path / "run"), ["train.py"])
 
 
+def test_processes_without_their_launcher_stop(tmp_path, finished, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    parents = iter([7, 7, 7, 7])
+    monkeypatch.setattr(os, "getppid", lambda: next(parents, 1))
+    with pytest.raises(RuntimeError, match=r"torchrun \(process 7\) is gone.*goes on from .*step-00000003.pt"):
+        train(tiny_config(tmp_path / "run"), ["train.py"])
+    monkeypatch.undo()
+    train(tiny_config(tmp_path / "run"), ["train.py"])
+    assert_same_runs(finished[0], tmp_path / "run")
+
+
 def test_interrupted_from_the_keyboard_says_how_to_go_on(tmp_path, capsys, monkeypatch):
     import train as script
 
