@@ -1,10 +1,15 @@
 """Train DMSA.
 
 One process, the embedded data set and backbone (minutes on two CPU cores):
+
     python train.py
+
 PASCAL VOC 2012 on one host with six GPUs (the same global batch whatever their number):
+
     torchrun --nproc_per_node=6 train.py --preset voc --data.root /data/voc
+
 Two hosts; run it on both, HOST is one of them:
+
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29400 train.py --preset coco80 \\
         --data.root /data/coco
 
@@ -13,6 +18,8 @@ The same command again goes on from the run folder's last checkpoint.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -32,9 +39,23 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, TypeError, OSError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
-    from dmsa.engine.trainer import train
+    from dmsa.engine.trainer import CANNOT_START, started
 
-    train(config, [sys.argv[0], *(sys.argv[1:] if argv is None else argv)])
+    with contextlib.ExitStack() as stack:
+        try:
+            trainer = stack.enter_context(started(config, [sys.argv[0], *(sys.argv[1:] if argv is None else argv)]))
+        except CANNOT_START as error:
+            if "TORCHELASTIC_RUN_ID" in os.environ:
+                raise  # the launcher shows which process failed, and with what
+            print(f"train.py: error: {error}", file=sys.stderr)
+            return 2
+        try:
+            trainer.run()
+        except KeyboardInterrupt:
+            newest = trainer.store.newest()
+            goes_on = f"goes on from {newest}" if newest else "begins again: there is no checkpoint yet"
+            print(f"\ntrain.py: stopped; the same command {goes_on}", file=sys.stderr)
+            return 130
     return 0
 
 

@@ -106,12 +106,15 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def as_today(batch: dict[str, Tensor]) -> Iterator[None]:
-    """Let steps on `batch` use the per-class loop and the materialising refinement."""
+def as_today(batch: dict[str, Tensor], whole_network: bool = True) -> Iterator[None]:
+    """Let steps on `batch` use the per-class loop and the materialising refinement.
+
+    `whole_network=False` is kinder than the public code: the loop's backward passes then stop at the last block.
+    """
 
     def loop(net: nn.Module, attended: Any, centroids: Tensor) -> Tensor:
         with torch.enable_grad():
-            return maps_by_loop(batch["image"], centroids, whole_network=True)
+            return maps_by_loop(batch["image"], centroids, whole_network=whole_network)
 
     def refine(image: Tensor, masks: Tensor, dilations: Any, num_iter: int, *, resize: str) -> Tensor:
         masks = F.interpolate(masks, image.shape[-2:], mode="bilinear", align_corners=True)
@@ -121,9 +124,9 @@ def as_today(batch: dict[str, Tensor]) -> Iterator[None]:
         yield
 
 
-def run_today(step: Step, batch: dict[str, Tensor]) -> Tensor:
+def run_today(step: Step, batch: dict[str, Tensor], whole_network: bool = True) -> Tensor:
     """The step of today."""
-    with as_today(batch):
+    with as_today(batch, whole_network):
         return step.run(batch)
 
 
@@ -159,19 +162,19 @@ def timed_parts(step: Step, spent: dict[str, float]) -> Iterator[None]:
         yield
 
 
-def parts(step: Step, today: bool) -> dict[str, float]:
+def parts(step: Step, today: bool, whole_network: bool = True) -> dict[str, float]:
     """Return the seconds of each part of one step, and of the whole (`step`)."""
     spent: dict[str, float] = defaultdict(float)
     with contextlib.ExitStack() as stack:
         batch = step.samples(0)
         if today:
-            stack.enter_context(as_today(batch))
+            stack.enter_context(as_today(batch, whole_network))
         stack.enter_context(timed_parts(step, spent))
         step.samples(0)
         start = _now(step.device)
         step.run(batch)
         whole = _now(step.device) - start
-    if today:
+    if today and whole_network:
         # The loop's backward passes belong to the activation maps.
         spent["backward"] = max(0.0, spent["backward"] - _inside(step, batch))
     return {**spent, "step": whole}
@@ -247,7 +250,7 @@ def table(columns: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def compare(step: Step, repeats: int) -> str:
+def compare(step: Step, repeats: int, whole_network: bool = True) -> str:
     """Measure both steps, interleaved, and return the printed result.
 
     Raises:
@@ -255,7 +258,7 @@ def compare(step: Step, repeats: int) -> str:
     """
     batch = step.samples(0)
     ours, label = step.run(batch), step.prepare(batch).label
-    with as_today(batch):
+    with as_today(batch, whole_network):
         theirs, other = step.run(batch), step.prepare(batch).label
     agreement = float((label == other).double().mean())
     if agreement < 0.99 or not torch.allclose(ours, theirs, rtol=1e-2):
@@ -263,13 +266,16 @@ def compare(step: Step, repeats: int) -> str:
     measured: dict[bool, list[dict[str, float]]] = {False: [], True: []}
     for _ in range(repeats):
         for today in (False, True):
-            measured[today].append(parts(step, today))
+            measured[today].append(parts(step, today, whole_network))
     medians = {
         today: {name: statistics.median(run.get(name, 0.0) for run in runs) for name in runs[0]}
         for today, runs in measured.items()
     }
     ratio = statistics.median(b["step"] / a["step"] for a, b in zip(measured[False], measured[True], strict=True))
-    memory = [peak_memory(run, step.device)[0] for run in (lambda: step.run(batch), lambda: run_today(step, batch))]
+    memory = [
+        peak_memory(run, step.device)[0]
+        for run in (lambda: step.run(batch), lambda: run_today(step, batch, whole_network))
+    ]
     return (
         f"{table({'ours': medians[False], 'today': medians[True]})}\n"
         f"labels agree on {100 * agreement:.2f} % of the tokens\n"
@@ -285,11 +291,20 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2, help="images")
     parser.add_argument("--classes", type=int, default=20, help="things, besides the background")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--loop",
+        choices=("whole-network", "last-block"),
+        default="whole-network",
+        help="how far the loop's backward passes go: through the network, as in public code, or through its last block",
+    )
     options = parser.parse_args()
     device = pick_device(options.device)
     print(f"ViT-S/8, {options.batch} x 160 px, {options.classes} classes and a background, {device}")
-    print(f"today: materialising PAR, one backward pass per class; medians of {options.repeats} interleaved repeats")
-    print(compare(Step(device, options.classes, options.batch), options.repeats))
+    print(
+        f"today: materialising PAR, one backward pass per class ({options.loop}); "
+        f"medians of {options.repeats} interleaved repeats"
+    )
+    print(compare(Step(device, options.classes, options.batch), options.repeats, options.loop == "whole-network"))
 
 
 if __name__ == "__main__":

@@ -311,6 +311,9 @@ def resolve_method(config: Config) -> Config:
 
 
 PAPER_SETTING = {
+    "data.size": 320,
+    "data.crop": 160,
+    "data.crop_scale": [0.4, 1.0],
     "model.encoder": "vit_small_patch8_224.dino",
     "model.aspp": "mhsa",
     "model.aspp_image_pooling": False,
@@ -393,6 +396,7 @@ def validate(config: Config) -> None:
     positive += ["train.eval_every", "train.log_every", "train.keep_checkpoints"]
     for key in positive:
         require(key, flat[key] is None or flat[key] >= 1, "at least 1")
+    require("data.classes", 1 <= config.data.classes <= 254, "between 1 and 254")
     for key in ("data.workers", "labels.par_iterations", "train.panels", "train.teacher_start", "train.seed"):
         require(key, flat[key] >= 0, "at least 0")
     weights = [f"losses.{name}" for name in to_dict(config.losses)]

@@ -272,6 +272,11 @@ class SegmentationData(Dataset):
         """Return the names of the images that could not be decoded so far, in the order of the data set."""
         return [self.image_name(i) for i in self._skipped.nonzero().flatten().tolist()]
 
+    def remember_skipped(self, names: Sequence[str]) -> None:
+        """Count the images `names` as skipped, as an interrupted run had found them; they are not warned of again."""
+        known = set(names)
+        self._skipped |= torch.tensor([self.image_name(i) in known for i in range(self.images)])
+
     def image_path(self, index: int) -> Path:
         """Return the file of image `index` (0..images-1)."""
         raise TypeError(f"{type(self).__name__} has no image files")

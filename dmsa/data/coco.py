@@ -161,7 +161,9 @@ class Coco(SegmentationData):
     def __init__(self, config: DataConfig, split: str, seed: int = 0, labels: str = "auto") -> None:
         if config.root is None:
             source = IMAGE_SOURCE.format(split="val2017", name=config.name)
-            raise ValueError(f"data set {config.name!r} needs a folder, got {config.root=}. {source}")
+            raise ValueError(
+                f"data set {config.name!r} needs a folder, --data.root FOLDER; got {config.root=}. {source}"
+            )
         if labels not in (("auto", "maps", "instances") if config.name == "coco80" else ("auto", "maps")):
             raise ValueError(f"{config.name} has no labels of this kind, got {labels=}; expected 'auto' or 'maps'")
         self.root = Path(config.root)

@@ -83,7 +83,7 @@ class Folder(SegmentationData):
 
     def __init__(self, config: DataConfig, split: str, seed: int = 0) -> None:
         if config.root is None:
-            raise ValueError(f"data set 'folder' needs a folder of images, got {config.root=}")
+            raise ValueError(f"data set 'folder' needs a folder of images, --data.root FOLDER; got {config.root=}")
         root = Path(config.root)
         if not root.is_dir():
             raise FileNotFoundError(f"no folder {root}; expected images in it, or in {root / 'images'}")

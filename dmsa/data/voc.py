@@ -117,7 +117,9 @@ class Voc(SegmentationData):
 
     def __init__(self, config: DataConfig, split: str, seed: int = 0) -> None:
         if config.root is None:
-            raise ValueError(f"data set {config.name!r} needs a folder, got {config.root=}. {VOC_SOURCE}")
+            raise ValueError(
+                f"data set {config.name!r} needs a folder, --data.root FOLDER; got {config.root=}. {VOC_SOURCE}"
+            )
         self.root = voc_root(config.root)
         classes = table("voc")
         self._lut = label_lookup({i: i for i in range(classes["num_classes"])})

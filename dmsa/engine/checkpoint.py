@@ -15,6 +15,7 @@ A checkpoint is a dict of tensors and plain values:
 | `alpha_counter`, `rates` | epochs since the teacher's snapshot; dilation rates the student was last trained with |
 | `centroids` | class centroids and their provenance |
 | `scores`, `best`, `assignment` | scores so far, the best of them, the last prediction-to-class assignment |
+| `skipped`, `skipped_images` | training images that could not be decoded: those logged, and all found |
 | `metrics_bytes` | length of metrics.jsonl at this moment |
 """
 
@@ -32,7 +33,7 @@ import torch
 from dmsa.config import Config, differences, to_dict
 from dmsa.engine.files import link_atomically, remove_leftovers, write_atomically
 
-VERSION = 1
+VERSION = 2
 REQUIRED = {
     "config": dict,
     "student": dict,

@@ -34,15 +34,20 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object], *, c
         reason = _os_error(error)
         if reason is None:
             raise
-        advice = {
-            errno.ENOSPC: "the disk is full: free some space",
-            errno.EDQUOT: "the disk quota is used up: free some space",
-            errno.EFBIG: "the file would exceed the size limit of this process",
-            errno.EROFS: "the file system is read-only",
-            errno.EACCES: "the folder is not writable",
-        }.get(reason.errno or 0, os.strerror(reason.errno) if reason.errno else str(reason))
-        raise OSError(reason.errno or 0, f"could not write {path}: {advice}. {consequence}".strip()) from error
+        raise cannot_write(path, reason, consequence) from error
     return path
+
+
+def cannot_write(path: Path, reason: OSError, consequence: str = "") -> OSError:
+    """Return an error with the errno of `reason` that names the file and says what to do about it."""
+    advice = {
+        errno.ENOSPC: "the disk is full: free some space",
+        errno.EDQUOT: "the disk quota is used up: free some space",
+        errno.EFBIG: "the file would exceed the size limit of this process",
+        errno.EROFS: "the file system is read-only",
+        errno.EACCES: "the folder is not writable",
+    }.get(reason.errno or 0, os.strerror(reason.errno) if reason.errno else str(reason))
+    return OSError(reason.errno or 0, f"could not write {path}: {advice}. {consequence}".strip())
 
 
 def remove_leftovers(folder: str | Path) -> None:

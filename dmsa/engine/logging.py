@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from dmsa.engine.distributed import is_main
+from dmsa.engine.files import cannot_write
 
 
 class MetricsLog:
@@ -42,43 +45,62 @@ class MetricsLog:
                 f"{path} has {size} bytes, but the checkpoint was written when it had {keep_bytes}: lines are missing; "
                 "put the file back, or choose another run folder with --out"
             )
-        self._stream = open(path, "ab")  # noqa: SIM115 (closed by close)
-        self._stream.truncate(keep_bytes)
-        self._board = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=step)
+        self._path = path
+        with self._named(path):
+            self._stream = open(path, "ab")  # noqa: SIM115 (closed by close)
+            self._stream.truncate(keep_bytes)
+        with self._named(path.parent / "tensorboard"):
+            self._board = SummaryWriter(str(path.parent / "tensorboard"), purge_step=step)
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Append one line, and every number in it to TensorBoard."""
         if self._stream is None:
             return
         line = {"kind": kind, "step": step, **values}
-        self._stream.write((json.dumps(_finite(line), allow_nan=False) + "\n").encode())
-        self._stream.flush()
-        for name, value in _numbers(values, kind):
-            self._board.add_scalar(name, value, step)
+        with self._named(self._path):
+            self._stream.write((json.dumps(_finite(line), allow_nan=False) + "\n").encode())
+            self._stream.flush()
+        self._show(lambda board: [board.add_scalar(name, value, step) for name, value in _numbers(values, kind)])
 
     def speed(self, step: int, images_per_second: float) -> None:
         """Write the throughput to TensorBoard."""
-        if self._board is not None:
-            self._board.add_scalar("speed/images_per_second", images_per_second, step)
+        self._show(lambda board: board.add_scalar("speed/images_per_second", images_per_second, step))
 
     def picture(self, step: int, pixels: Any) -> None:
         """Write a panel, uint8 `[H, W, 3]`, to TensorBoard."""
-        if self._board is not None:
-            self._board.add_image("panels", pixels, step, dataformats="HWC")
+        self._show(lambda board: board.add_image("panels", pixels, step, dataformats="HWC"))
 
     def position(self) -> int:
         """Force everything to the disk and return the length of metrics.jsonl in bytes."""
         if self._stream is None:
             return 0
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
+        with self._named(self._path):
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
         return self._stream.tell()
 
     def close(self) -> None:
-        """Close both."""
-        if self._stream is not None:
-            self._stream.close()
-            self._board.close()
+        """Close both. Lines are complete before this, so that an error here hides none that led to it."""
+        for closing in (self._stream, self._board):
+            if closing is not None:
+                with contextlib.suppress(OSError):
+                    closing.close()
+
+    def _show(self, write: Callable[[Any], object]) -> None:
+        """Let `write` tell TensorBoard something; its writer's thread reports an error with the next call."""
+        if self._board is not None:
+            with self._named(self._path.parent / "tensorboard"):
+                write(self._board)
+
+    @staticmethod
+    @contextlib.contextmanager
+    def _named(path: Path) -> Iterator[None]:
+        """Name the file in errors of the block."""
+        try:
+            yield
+        except OSError as error:
+            intact = "The checkpoints are intact: start the same command again to go on from the last one."
+            raise cannot_write(path, error, intact) from error
 
 
 class Progress:
@@ -110,9 +132,10 @@ class Progress:
         """Count the images of a step."""
         self._bar.update(images)
 
-    def losses(self, losses: dict[str, float]) -> None:
-        """Show the losses of the last logging step."""
-        self._bar.set_postfix({name: f"{value:.3f}" for name, value in losses.items()}, refresh=False)
+    def losses(self, losses: dict[str, float], entropy: float, active: str) -> None:
+        """Show the losses of the last logging step, and the labels' entropy and active classes."""
+        shown = {name: f"{value:.3f}" for name, value in losses.items()}
+        self._bar.set_postfix({**shown, "entropy": f"{entropy:.2f}", "active": active}, refresh=False)
 
     def rate(self) -> float:
         """Return images per second since the last calls, 0 while unknown."""

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from dmsa.config import Config, deviations
-from dmsa.data.base import table
+from dmsa.data.base import few, table
 from dmsa.engine.task import Classes, Task
 from dmsa.visualize import colourise, heatmap, panel
 
@@ -106,6 +106,7 @@ def report_text(
     commit: str,
     panels: Sequence[str],
     finished: bool,
+    damaged: Mapping[str, Sequence[str]] | None = None,
 ) -> str:
     """Return report.md.
 
@@ -119,6 +120,7 @@ def report_text(
         commit: of the source tree.
         panels: paths of pictures, relative to the run folder.
         finished: whether the last epoch is done.
+        damaged: where images were wanted that cannot be decoded, to their names.
     """
     title = {"dmsa": "DMSA", "transfgu": "TransFGU (pyramid, PAR and segmentation loss off)", "dmsa_plus": "DMSA plus"}
     done = scores[-1]["epoch"] + 1 if scores else 0
@@ -153,6 +155,13 @@ def report_text(
         if not published:
             lines += ["", f"The paper has no row for {config.data.name}: its tables are on VOC 2012 and COCO."]
         lines += ["", f"mIoU and accuracy in percent. Protocol of this run's rows: {best['conditions']}.", ""]
+        notes = list(dict.fromkeys(note for entry in (best, scores[-1]) for note in entry.get("notes", ())))
+        lines += [*(f"- {note}" for note in notes), ""] if notes else []
+    left_out = {where: names for where, names in (damaged or {}).items() if names}
+    if left_out:
+        lines += ["## Images that cannot be decoded", ""]
+        lines += [f"- {where}, {len(names)} left out: {few(names, 50)}" for where, names in left_out.items()]
+        lines += [""]
     deviating = deviations(config)
     lines += ["## Deviations from the paper's method", ""]
     lines += [f"- {line}" for line in deviating] or ["None."]

@@ -12,6 +12,10 @@ from dmsa.config import Config
 from dmsa.engine.files import remove_leftovers, write_atomically
 
 
+class FolderBusyError(RuntimeError):
+    """Another process is writing in the run folder."""
+
+
 class RunFolder:
     """A run folder, locked while this process writes in it.
 
@@ -32,7 +36,7 @@ class RunFolder:
 
     Raises:
         OSError: it cannot be created or written; says why.
-        RuntimeError: another process is writing in it.
+        FolderBusyError: another process is writing in it.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -60,7 +64,7 @@ class RunFolder:
             self._lock.close()
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 raise
-            raise RuntimeError(
+            raise FolderBusyError(
                 f"out={str(self.path)!r}: another process is training in this folder; stop it or choose another --out"
             ) from error
         for folder in (self.path, self.checkpoints, self.panels, self.cache, *self.cache.glob("*/")):
@@ -104,5 +108,5 @@ def launch_command(argv: list[str]) -> str:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return f"python {words}"
     local, whole = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), int(os.environ.get("WORLD_SIZE", 1))
-    hosts = f"--nnodes={whole // local} " if whole > local else ""
+    hosts = f"--nnodes={whole // local} --rdzv_backend=c10d --rdzv_endpoint=HOST:PORT " if whole > local else ""
     return f"torchrun {hosts}--nproc_per_node={local} {words}"

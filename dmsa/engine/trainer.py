@@ -22,15 +22,17 @@ from torch.utils.data import DataLoader, default_collate
 
 from dmsa import data
 from dmsa.config import Config, to_dict, validate
+from dmsa.data.base import few
 from dmsa.engine import checkpoint, distributed
 from dmsa.engine.checkpoint import Checkpoints
 from dmsa.engine.evaluate import evaluate
 from dmsa.engine.files import write_atomically
 from dmsa.engine.logging import MetricsLog, Progress, git_commit, say
 from dmsa.engine.report import draw_panels, png_bytes, report_text
-from dmsa.engine.run import RunFolder, launch_command
+from dmsa.engine.run import FolderBusyError, RunFolder, launch_command
 from dmsa.engine.sampler import EpochBatches
 from dmsa.engine.task import LOSSES, Classes, Prepared, Task
+from dmsa.labels.cache import image_count
 from dmsa.labels.clustering import prepare_centroids
 from dmsa.models.encoder import Encoder, build_encoder
 from dmsa.protocols import Protocol
@@ -40,6 +42,10 @@ ACTIVE_SHARE = 0.001
 WATCHED = (*LOSSES, "total", "gradient")
 """What must stay finite."""
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+CANNOT_START = (ValueError, TypeError, OSError, FolderBusyError)
+"""Errors of `started` that are about options, data or files, and say so."""
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -64,6 +70,8 @@ class State:
     """The entry with the highest mIoU."""
     assignment: list[int] | None = None
     """Predicted id that stands for every class, from the last evaluation."""
+    skipped: list[str] = dataclasses.field(default_factory=list)
+    """Training images that could not be decoded, as far as they are logged."""
 
 
 def train(config: Config, argv: list[str] | None = None) -> dict[str, Any]:
@@ -82,11 +90,18 @@ def train(config: Config, argv: list[str] | None = None) -> dict[str, Any]:
         OSError: the run folder or a checkpoint cannot be written; the previous checkpoint is intact.
         NonFiniteLossError: names the loss; the batch is in the run folder.
     """
+    with started(config, argv) as trainer:
+        return trainer.run()
+
+
+@contextlib.contextmanager
+def started(config: Config, argv: list[str] | None = None) -> Iterator[Trainer]:
+    """Join the other processes, build the run and yield it; arguments and errors are those of `train`."""
     validate(config)
     with distributed.process_group() as device:
         trainer = Trainer(config, device, sys.argv if argv is None else argv)
         try:
-            return trainer.run()
+            yield trainer
         finally:
             trainer.close()
 
@@ -114,12 +129,12 @@ class Trainer:
         )
         self.store = Checkpoints(Path(config.out) / "checkpoints", config.train.keep_checkpoints)
         found = self._find_checkpoint()
-        distributed.on_main(lambda: self._open_folder())
-
         seed_everything(config.train.seed)
         with distributed.main_first():
             self.encoder = build_encoder(config.model.encoder, config.model.weights).to(device)
+        self._check_sizes()
         self.encoder_hash = fingerprint(self.encoder)
+        distributed.on_main(lambda: self._open_folder())
         self.centroids = self._centroids(found)
         # The bank may come from a cache: what is drawn from here on must not depend on that.
         seed_everything(config.train.seed)
@@ -142,6 +157,7 @@ class Trainer:
             checkpoint.set_rng_state(found["rng"][self.rank])
         self.log = MetricsLog(config.out, keep_bytes=keep_bytes, step=self.state.step)
         self.window = Window(self.classes.num_classes, device)
+        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._last_save = time.monotonic()
 
     # Building the parts
@@ -160,6 +176,24 @@ class Trainer:
 
         distributed.on_main(read)
         return distributed.broadcast_state(found)
+
+    def _check_sizes(self) -> None:
+        """Check what depends on the encoder now, before hours go into the feature bank."""
+        patch, width = self.encoder.patch_size, self.encoder.embed_dim
+        for name in ("size", "crop"):
+            side = getattr(self.config.data, name)
+            if side % patch:
+                raise ValueError(
+                    f"data.{name}={side} is not a multiple of the patch size {patch} of {self.config.model.encoder}; "
+                    f"the nearest are {side // patch * patch} and {(side // patch + 1) * patch}"
+                )
+        heads = self.config.model.decoder_heads
+        if width % heads:
+            fitting = [number for number in range(1, 17) if width % number == 0]
+            raise ValueError(
+                f"model.decoder_heads={heads} does not divide the width {width} of {self.config.model.encoder}; "
+                f"choose one of {', '.join(map(str, fitting))}"
+            )
 
     def _open_folder(self) -> None:
         self.folder = RunFolder(self.config.out)
@@ -198,8 +232,9 @@ class Trainer:
         self.task.teacher.load_state_dict({**found["teacher"], "initial": found["initial"]})
         self.optimizer.load_state_dict(found["optimizer"])
         self.scaler.load_state_dict(found["scaler"])
-        names = ("epoch", "position", "step", "trained_epoch", "scores", "best", "assignment")
-        self.state = State(**{name: found[name] for name in names})
+        self.state = State(**{field.name: found[field.name] for field in dataclasses.fields(State)})
+        if found["skipped_images"]:
+            self.train_data.remember_skipped(found["skipped_images"])
         if distributed.is_main() and self.state.best and self.state.best["step"] == self.state.step:
             # The process may have died between writing this checkpoint and marking it as the best.
             self.store.mark_best(self.store.newest())
@@ -299,8 +334,15 @@ class Trainer:
         means, labels, due, broken = self.window.read(due)
         if broken:
             self._stop_nonfinite()
+        if self._launcher not in (None, os.getppid()):
+            # A launcher killed with SIGKILL stops nobody, and its processes would hold the run folder.
+            raise RuntimeError(
+                f"torchrun (process {self._launcher}) is gone, and so this process stops; the same command goes on "
+                f"from {self.store.newest() or 'the beginning'}"
+            )
         share = labels / max(labels.sum(), 1)
         entropy = max(0.0, float(-(share[share > 0] * np.log(share[share > 0])).sum()))
+        active = int((share >= ACTIVE_SHARE).sum())
         self.log.write(
             "train",
             self.state.step,
@@ -309,11 +351,13 @@ class Trainer:
                 "loss": {name: means[name] for name in (*LOSSES, "total")},
                 "gradient_norm": means["gradient"],
                 "label_entropy": entropy,
-                "active_classes": int((share >= ACTIVE_SHARE).sum()),
+                "active_classes": active,
             },
         )
         self.log.speed(self.state.step, self.progress.rate())
-        self.progress.losses({name: means[name] for name in (*LOSSES, "total")})
+        self.progress.losses(
+            {name: means[name] for name in (*LOSSES, "total")}, entropy, f"{active}/{self.classes.num_classes}"
+        )
         return due
 
     def _stop_nonfinite(self) -> None:
@@ -324,21 +368,26 @@ class Trainer:
         ranks = [rank for rank, item in enumerate(everyone) if item and item["step"] == step]
         values = everyone[ranks[0]]["values"]
         folder = Path(self.config.out) / "nonfinite"
+        kept = f"The batch is in {folder}"
         if self.rank in ranks:
             position = self.state.position - (self.state.step - step)
             self.sampler.set_epoch(self.state.epoch, position)
             # Samples depend on seed, epoch and index alone, so the batch can be made again.
             batch = default_collate([self.train_data[index] for index in next(iter(self.sampler))])
-            folder.mkdir(parents=True, exist_ok=True)
-            path = folder / f"step-{step:08d}-rank{self.rank}.pt"
-            torch.save({**batch, "epoch": self.state.epoch, "step": step, "losses": own["values"]}, path)
+            saved = {**batch, "epoch": self.state.epoch, "step": step, "losses": own["values"]}
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                path = folder / f"step-{step:08d}-rank{self.rank}.pt"
+                write_atomically(path, lambda stream: torch.save(saved, stream))
+            except OSError as error:
+                kept = f"The batch could not be kept ({error})"
         distributed.barrier()
         newest = self.store.newest()
         names = [name for name, value in values.items() if not math.isfinite(value)]
         raise NonFiniteLossError(
             f"{' and '.join(name for name in names if name != 'total' or len(names) == 1)} became "
             f"{values[names[0]]} in step {step} (epoch {self.state.epoch + 1}) on rank {', '.join(map(str, ranks))}: "
-            f"{ {name: round(value, 4) for name, value in values.items()} }. The batch is in {folder}; "
+            f"{ {name: round(value, 4) for name, value in values.items()} }. {kept}; "
             + (f"{newest} is intact" if newest else "no checkpoint was written yet")
             + ". Try a smaller --train.lr, or --train.precision fp32"
         )
@@ -347,11 +396,29 @@ class Trainer:
         state, config = self.state, self.config
         epoch = state.epoch
         state.epoch, state.position = epoch + 1, 0
+        self._log_skipped(epoch)
         improved = False
         if (epoch + 1) % config.train.eval_every == 0 or epoch + 1 == config.train.epochs:
             improved = self._evaluate(epoch)
         self._save(best=improved)
         self._report(finished=False)
+
+    def _skipped(self) -> list[str]:
+        """Return the training images that no process could decode, in every process."""
+        own = self.train_data.skipped() if hasattr(self.train_data, "skipped") else []
+        return sorted(set().union(*distributed.gather_objects(own)))
+
+    def _log_skipped(self, epoch: int) -> None:
+        """Log which training images turned out to be damaged in this epoch, if any did."""
+        found = self._skipped()
+        new = sorted(set(found) - set(self.state.skipped))
+        if new:
+            self.state.skipped = found
+            self.log.write("skipped", self.state.step, {"epoch": epoch, "images": len(found), "new": new})
+            say(
+                f"epoch {epoch + 1}: {len(found)} of {image_count(self.train_data)} training images cannot be decoded, "
+                f"others take their places: {few(new)}"
+            )
 
     def _evaluate(self, epoch: int) -> bool:
         """Score the student and draw panels; return whether it is the best so far."""
@@ -380,6 +447,7 @@ class Trainer:
                 "images": report.images,
                 "protocol": protocol.name,
                 "conditions": report.conditions,
+                "notes": report.notes(),
             }
             state.scores.append(entry)
             state.assignment = entry["assignment"]
@@ -391,8 +459,10 @@ class Trainer:
             self.log.write("eval", state.step, {**{key: entry[key] for key in shown}, "iou": named})
             say(
                 f"epoch {epoch + 1}/{config.train.epochs}: mIoU {100 * entry['miou']:.2f}, "
-                f"accuracy {100 * entry['accuracy']:.2f} ({report.conditions})"
+                f"accuracy {100 * entry['accuracy']:.2f} ({'; '.join([report.conditions, *entry['notes']])})"
             )
+        else:
+            say(f"epoch {epoch + 1}/{config.train.epochs}: no score, the validation images have no labels")
         if distributed.is_main() and config.train.panels:
             count = min(config.train.panels, len(self.val_data))
             indices = [i * len(self.val_data) // count for i in range(count)]
@@ -423,6 +493,10 @@ class Trainer:
             commit=git_commit(),
             panels=[f"panels/{name}" for name in panels[-1:]],
             finished=finished,
+            damaged={
+                "training": self.state.skipped,
+                "feature bank": json.loads(self.centroids["provenance"]).get("skipped", []),
+            },
         )
         path = self.folder.write_text("report.md", text)
         if finished:
@@ -439,16 +513,17 @@ class Trainer:
     def _save(self, best: bool = False) -> None:
         """Write a checkpoint; every process takes part."""
         generators = distributed.gather_objects(checkpoint.rng_state())
+        skipped = self._skipped()
 
         def write() -> None:
-            path = self.store.save(self._snapshot(generators))
+            path = self.store.save(self._snapshot(generators, skipped))
             if best:
                 self.store.mark_best(path)
 
         distributed.on_main(write)
         self._last_save = time.monotonic()
 
-    def _snapshot(self, generators: list[dict[str, Any]]) -> dict[str, Any]:
+    def _snapshot(self, generators: list[dict[str, Any]], skipped: list[str]) -> dict[str, Any]:
         teacher = self.task.teacher.state_dict()
         initial = teacher.pop("initial")
         return {
@@ -463,6 +538,7 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "rng": generators,
             **dataclasses.asdict(self.state),
+            "skipped_images": skipped,
             "alpha_counter": self.task.teacher.epochs_since_snapshot,
             "rates": list(self.task.rates(self.state.trained_epoch, (1, 1))),
             "centroids": self.centroids,

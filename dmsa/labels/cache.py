@@ -51,15 +51,23 @@ def image_count(dataset: Any) -> int:
 
 
 def save_arrays(path: Path, **arrays: np.ndarray) -> None:
-    """Write arrays to an `.npz` file that is complete whenever it exists."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write arrays to an `.npz` file that is complete whenever it exists.
+
+    Raises:
+        OSError: full disk, read-only folder; names the file.
+    """
     temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as stream:
             np.savez(stream, **arrays)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(
+            error.errno, f"could not write {path}: {error.strerror}; what was finished before is kept"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -94,7 +94,7 @@ def cluster(bank: FeatureBank, n_things: int, n_stuff: int, seed: int = 0) -> Ce
 
 
 def prepare_centroids(
-    encoder: Encoder, dataset: Any, config: Config, cache_dir: str | Path, *, batch: int = 128
+    encoder: Encoder, dataset: Any, config: Config, cache_dir: str | Path, *, batch: int | None = None
 ) -> Centroids:
     """Build the feature bank and cluster it, or read the centroids of an earlier run with the same content key.
 
@@ -106,7 +106,7 @@ def prepare_centroids(
         dataset: the training images; see `build_feature_bank`.
         config: reads `data`, `labels` and `train.seed`.
         cache_dir: folder for the feature bank's parts and the centroids; shared or not between hosts.
-        batch: crops per forward pass.
+        batch: crops per forward pass; see `build_feature_bank`.
     """
     n_things, seed = dataset.n_things, config.train.seed
     n_stuff = 0 if dataset.things_only else dataset.n_stuff

@@ -28,6 +28,8 @@ FOREGROUND_SHARE = 0.5
 """A window with more foreground than this is a foreground crop."""
 BACKGROUND_SHARE = 0.8
 """A window with more background than this is a background crop."""
+CPU_TOKENS = 2048
+"""Patch tokens of a forward pass on a CPU."""
 PART = 256
 """Images per file of the cache."""
 VERSION = 1
@@ -127,8 +129,8 @@ def build_feature_bank(
     config: Config,
     cache_dir: str | Path | None = None,
     *,
-    batch: int = 128,
-    image_batch: int = 8,
+    batch: int | None = None,
+    image_batch: int | None = None,
 ) -> FeatureBank | None:
     """Collect the class tokens of foreground (and, unless the data set labels things only, background) crops.
 
@@ -142,8 +144,9 @@ def build_feature_bank(
         config: reads `data.size`, `data.workers`, `labels.bank_scales`, `labels.bank_images`.
         cache_dir: keeps finished parts there, under a key of encoder weights, data set and the fields above; a second
             call reads them. Nothing is kept if unset.
-        batch: crops per forward pass.
-        image_batch: images per forward pass, at twice the training size.
+        batch: crops per forward pass; if unset 128, on a CPU as many as make 2,048 tokens (see `batch_for`).
+        image_batch: images per forward pass, at twice the training size; if unset 8, on a CPU as many as make 2,048
+            tokens.
 
     Returns:
         the bank; in a distributed run, to rank 0, and `None` to the others. It does not depend on the number of
@@ -153,6 +156,8 @@ def build_feature_bank(
         ValueError: a scale is out of range, or the squashed image is no multiple of the patch size.
     """
     boxes, indices = _plan(encoder, dataset, config)
+    batch = batch or batch_for(encoder, config.data.size, 128)
+    image_batch = image_batch or batch_for(encoder, 2 * config.data.size, 8)
     provenance = bank_identity(encoder, dataset, config)
     folder = None if cache_dir is None else Path(cache_dir) / f"bank-{content_key(**provenance)}"
     rank, world = (dist.get_rank(), dist.get_world_size()) if _distributed() else (0, 1)
@@ -186,6 +191,17 @@ def build_feature_bank(
     if skipped:
         warnings.warn(f"feature bank: skipped {len(skipped)} damaged images: {', '.join(skipped[:5])}", stacklevel=2)
     return FeatureBank(**joined, provenance={**provenance, "skipped": skipped})
+
+
+def batch_for(encoder: Encoder, size: int, most: int) -> int:
+    """Return how many images of side `size` one forward pass takes: `most`, on a CPU fewer, so that caches hold them.
+
+    One core is busy with a single image already. There a batch only saves the calls' own time, and the activations of
+    a large one travel to memory and back: with the shipped backbone, 128 crops cost a third more than 8 times 16.
+    """
+    if next(encoder.parameters()).device.type != "cpu":
+        return most
+    return max(1, min(most, CPU_TOKENS // (size // encoder.patch_size) ** 2))
 
 
 def bank_identity(encoder: Encoder, dataset: Any, config: Config) -> dict[str, Any]:
@@ -263,11 +279,13 @@ def _extract(
     sources: list[np.ndarray] = []
     skipped: list[str] = []
 
-    def run(least: int) -> None:
-        while sum(map(len, waiting)) >= least and waiting:
-            crops = torch.cat(waiting)
-            waiting[:] = [crops[batch:]] if len(crops) > batch else []
-            features.append(class_tokens(encoder, crops[:batch]).cpu())
+    def run(everything: bool) -> None:
+        if not waiting or not (everything or sum(map(len, waiting)) >= batch):
+            return
+        crops = torch.cat(waiting)
+        ready = len(crops) if everything else len(crops) // batch * batch
+        waiting[:] = [crops[ready:]] if ready < len(crops) else []
+        features.extend(class_tokens(encoder, part).cpu() for part in crops[:ready].split(batch))
 
     for start in range(0, len(indices), image_batch):
         loaded = [(index, next(squashed)) for index in indices[start : start + image_batch]]
@@ -286,8 +304,8 @@ def _extract(
             waiting.append(cut(image, pixels[chosen].tolist(), size))
             kinds.append(is_foreground[chosen].numpy())
             sources.append(np.full(len(chosen), index, dtype=np.int64))
-            run(batch)
-    run(1)
+            run(everything=False)
+    run(everything=True)
     tokens = torch.cat(features).numpy() if features else np.zeros((0, encoder.embed_dim), np.float32)
     foreground = np.concatenate(kinds) if kinds else np.zeros(0, bool)
     source = np.concatenate(sources) if sources else np.zeros(0, np.int64)

@@ -145,6 +145,7 @@ def test_help_lists_every_option(capsys, monkeypatch):
         (["--labels.par-dilations", "1", "0"], "labels.par_dilations=1,0"),
         (["--labels.bank-scales", "2"], "labels.bank_scales=2.0"),
         (["--data.workers", "-1"], "data.workers=-1"),
+        (["--data.classes", "500"], "data.classes=500"),
     ],
 )
 def test_values_out_of_range(arguments, words):

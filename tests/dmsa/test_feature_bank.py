@@ -110,6 +110,15 @@ def test_bank_equals_a_loop_over_images_and_crops(things_only, batch):
     assert np.all(np.diff(bank.foreground_image) >= 0)
 
 
+def test_batches_fit_the_caches_of_a_cpu():
+    encoder = tiny_encoder()
+    side = encoder.patch_size
+    assert feature_bank.batch_for(encoder, 16 * side, 128) == 8
+    assert feature_bank.batch_for(encoder, 16 * side, 3) == 3
+    assert feature_bank.batch_for(encoder, 100 * side, 128) == 1
+    assert feature_bank.batch_for(tiny_encoder().to("meta"), 16 * side, 128) == 128
+
+
 def test_cache_is_read_again_and_continued_after_a_stop(tmp_path, monkeypatch):
     monkeypatch.setattr(feature_bank, "PART", 2)
     encoder, dataset = tiny_encoder(), Pictures()

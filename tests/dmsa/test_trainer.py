@@ -2,6 +2,7 @@ import dataclasses
 import errno
 import os
 import random
+import re
 import subprocess
 import sys
 import textwrap
@@ -13,7 +14,7 @@ import yaml
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dmsa.config import Config, load_preset
-from dmsa.engine import checkpoint
+from dmsa.engine import checkpoint, logging
 from dmsa.engine.run import RunFolder, launch_command
 from dmsa.engine.task import Classes, Task
 from dmsa.engine.trainer import NonFiniteLossError, Trainer, Window, train
@@ -179,7 +180,9 @@ def test_launch_command_names_torchrun(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "6")
     monkeypatch.setenv("WORLD_SIZE", "12")
-    assert launch_command(["train.py"]) == "torchrun --nnodes=2 --nproc_per_node=6 train.py"
+    assert launch_command(["train.py"]) == (
+        "torchrun --nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=HOST:PORT --nproc_per_node=6 train.py"
+    )
 
 
 # What goes wrong
@@ -224,6 +227,85 @@ def test_full_disk_while_training_keeps_the_previous_checkpoint(tmp_path, finish
     monkeypatch.undo()
     train(tiny_config(out), ["train.py"])
     assert_same_runs(finished[0], out)
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "words"),
+    [
+        ("data", {"crop": 44}, "data.crop=44 is not a multiple of the patch size 8 of shapes_vit_tiny.*40 and 48"),
+        ("data", {"size": 50}, "data.size=50 is not a multiple.*48 and 56"),
+        ("model", {"decoder_heads": 5}, "model.decoder_heads=5 does not divide the width 128.*choose one of 1, 2, 4"),
+        ("model", {"encoder": "vit_smal_patch8_224.dino"}, "did you mean vit_small_patch8_224.dino"),
+    ],
+)
+def test_sizes_are_checked_before_the_feature_bank_and_before_anything_is_written(tmp_path, section, change, words):
+    config = tiny_config(tmp_path / "run")
+    part = dataclasses.replace(getattr(config, section), **change)
+    with pytest.raises(ValueError, match=words):
+        train(dataclasses.replace(config, **{section: part}), ["train.py"])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--preset", "voc"], "data set 'voc' needs a folder, --data.root FOLDER"),
+        (["--out", "{tmp}/file/run"], "cannot create .*choose another --out"),
+        (["--out", "{tmp}/busy"], "another process is training in this folder"),
+        (["--train.batch", "9999"], "train.batch=9999 is more than the 512 training samples"),
+    ],
+)
+def test_a_run_that_cannot_start_says_so_in_one_line(tmp_path, capsys, options, words):
+    import train as script
+
+    (tmp_path / "file").touch()
+    holder = subprocess.Popen(
+        [sys.executable, "-c", "import sys; from dmsa.engine.run import RunFolder; f = RunFolder(sys.argv[1]);"
+         "print(flush=True); sys.stdin.read()", str(tmp_path / "busy")],
+        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    holder.stdout.readline()
+    status = script.main([word.format(tmp=tmp_path) for word in options])
+    holder.communicate()
+    printed = capsys.readouterr().err.strip()
+    assert status == 2
+    assert re.search(f"^train.py: error: .*{words}", printed)
+    assert "Traceback" not in printed
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+@pytest.mark.parametrize("victim", ["metrics.jsonl", "tensorboard"])
+def test_full_disk_while_logging_names_the_file(tmp_path, finished, monkeypatch, victim):
+    out = tmp_path / "run"
+    train(tiny_config(out, epochs=1), ["train.py"])
+    log = logging.MetricsLog.write
+
+    def full(self, kind, step, values):
+        if step == 4:
+            stream = open("/dev/full", "ab")  # noqa: SIM115 (the log closes it)
+            if victim == "metrics.jsonl":
+                self._stream = stream
+            else:
+                self._board.add_scalar = lambda *_: stream.write(b"x" * 100000)
+        log(self, kind, step, values)
+
+    monkeypatch.setattr(logging.MetricsLog, "write", full)
+    with pytest.raises(OSError, match=rf"could not write \S*{victim}: the disk is full.*The checkpoints are intact"):
+        train(tiny_config(out), ["train.py"])
+    monkeypatch.undo()
+    train(tiny_config(out), ["train.py"])
+    assert_same_runs(finished[0], out)
+
+
+def test_full_disk_while_building_the_bank_names_the_file(tmp_path, monkeypatch):
+    def savez(stream, **arrays):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", savez)
+    with pytest.raises(OSError, match=r"could not write \S*part-000000.npz: No space left on device") as caught:
+        train(tiny_config(tmp_path / "run"), ["train.py"])
+    assert caught.value.errno == errno.ENOSPC
+    assert not list((tmp_path / "run" / "cache").rglob("*.npz"))
 
 
 def test_folder_that_cannot_be_written(tmp_path):
@@ -300,6 +382,44 @@ def test_non_finite_value_stops_the_run_and_saves_the_batch(tmp_path, monkeypatc
     assert torch.equal(saved["index"], expected["index"])
     assert torch.equal(saved["image"], expected["image"])
     assert checkpoint.load(out / "checkpoints" / "step-00000002.pt")["step"] == 2
+
+
+def test_non_finite_loss_is_named_although_the_disk_is_full(tmp_path, monkeypatch):
+    losses = Task.losses
+
+    def broken(self, prepared, counts, epoch):
+        return {name: value * float("nan") for name, value in losses(self, prepared, counts, epoch).items()}
+
+    def full(state, stream):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Task, "losses", broken)
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(NonFiniteLossError, match=r"became nan in step 0 .*could not be kept .*the disk is full"):
+        train(tiny_config(tmp_path / "run"), ["train.py"])
+
+
+def test_processes_without_their_launcher_stop(tmp_path, finished, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    parents = iter([7, 7, 7, 7])
+    monkeypatch.setattr(os, "getppid", lambda: next(parents, 1))
+    with pytest.raises(RuntimeError, match=r"torchrun \(process 7\) is gone.*goes on from .*step-00000003.pt"):
+        train(tiny_config(tmp_path / "run"), ["train.py"])
+    monkeypatch.undo()
+    train(tiny_config(tmp_path / "run"), ["train.py"])
+    assert_same_runs(finished[0], tmp_path / "run")
+
+
+def test_interrupted_from_the_keyboard_says_how_to_go_on(tmp_path, capsys, monkeypatch):
+    import train as script
+
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    (tmp_path / "preset.yaml").write_text(tiny_config(tmp_path / "run").to_yaml())
+    monkeypatch.setattr(Trainer, "run", interrupted)
+    assert script.main(["--preset", str(tmp_path / "preset.yaml")]) == 130
+    assert "train.py: stopped; the same command begins again" in capsys.readouterr().err
 
 
 def test_batch_larger_than_the_data(tmp_path):
@@ -491,7 +611,7 @@ def test_window_adds_up_and_finds_the_first_broken_step():
     assert window.first_broken()["step"] == 7
 
 
-def test_photographs_without_labels_train_without_scores(tmp_path):
+def test_photographs_without_labels_train_without_scores(tmp_path, capsys):
     from PIL import Image
 
     rng = np.random.default_rng(0)
@@ -506,8 +626,72 @@ def test_photographs_without_labels_train_without_scores(tmp_path):
     result = train(dataclasses.replace(base, data=data), ["train.py"])
     assert result["best"] is None
     assert "No scores" in (tmp_path / "run" / "report.md").read_text()
+    printed = capsys.readouterr()
+    assert "epoch 1/1: no score, the validation images have no labels" in printed.out
+    assert re.search(r"total=\d+\.\d+, entropy=\d\.\d\d, active=\d/4", printed.err)
     assert (tmp_path / "run" / "panels" / "epoch-0001.png").is_file()
     assert not (tmp_path / "run" / "checkpoints" / "best.pt").exists()
+
+
+def photographs(folder, masks, damaged=()):
+    """Write twelve noise images with or without masks, some of them cut off in the middle."""
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for kind in ("images", "masks"):
+            (folder / kind / split).mkdir(parents=True)
+        for number in range(12):
+            path = folder / "images" / split / f"{number:02d}.jpg"
+            Image.fromarray((rng.random((40, 56, 3)) * 255).astype(np.uint8)).save(path)
+            if masks:
+                mask = np.full((40, 56), number % 4, dtype=np.uint8)
+                Image.fromarray(mask).save(folder / "masks" / split / f"{number:02d}.png")
+            if (split, number) in damaged:
+                path.write_bytes(path.read_bytes()[:300])
+
+
+def folder_config(out, root, **train_options):
+    base = tiny_config(out, **train_options)
+    data = dataclasses.replace(base.data, name="folder", root=str(root), classes=4, train_images=None, val_images=None)
+    return dataclasses.replace(base, data=data, labels=dataclasses.replace(base.labels, bank_images=None))
+
+
+@pytest.mark.filterwarnings("ignore:skipped", "ignore:feature bank")
+def test_damaged_images_are_named_in_report_log_and_metrics(tmp_path, capsys):
+    photographs(tmp_path / "data", masks=True, damaged={("train", 3), ("train", 7), ("val", 5)})
+    train(folder_config(tmp_path / "run", tmp_path / "data", epochs=2, batch=12), ["train.py"])
+    report = (tmp_path / "run" / "report.md").read_text()
+    assert "- training, 2 left out: 03, 07" in report
+    assert re.search(r"- feature bank, 2 left out: cannot decode \S*03.jpg: .*, cannot decode \S*07.jpg: ", report)
+    assert re.search(r"- 1 images could not be decoded and are not in the score: 05 \(cannot decode .*05.jpg", report)
+    assert "epoch 1: 2 of 12 training images cannot be decoded, others take their places: 03, 07" in (
+        printed := capsys.readouterr().out
+    )
+    assert "epoch 2: 2 of 12" not in printed
+    assert "05 (cannot decode" in printed
+    found = [line for line in lines(tmp_path / "run") if line["kind"] == "skipped"]
+    assert found == [{"kind": "skipped", "step": 1, "epoch": 0, "images": 2, "new": ["03", "07"]}]
+
+
+@pytest.mark.filterwarnings("ignore:skipped", "ignore:feature bank")
+def test_damaged_images_are_not_forgotten_by_a_run_that_goes_on(tmp_path, monkeypatch):
+    photographs(tmp_path / "data", masks=True, damaged={("train", 3), ("train", 7)})
+    one, two = (folder_config(tmp_path / name, tmp_path / "data", epochs=2, batch=4) for name in ("one", "two"))
+    train(one, ["train.py"])
+    steps, step = iter(range(2)), Trainer._step
+
+    def stopped(self, batch):
+        next(steps)
+        return step(self, batch)
+
+    monkeypatch.setattr(Trainer, "_step", stopped)  # StopIteration in the middle of the first epoch
+    with pytest.raises(StopIteration):
+        train(two, ["train.py"])
+    monkeypatch.undo()
+    train(two, ["train.py"])
+    assert_same_runs(tmp_path / "one", tmp_path / "two")
+    assert (tmp_path / "two" / "report.md").read_text() == (tmp_path / "one" / "report.md").read_text()
 
 
 def test_encoder_may_be_any_vit_with_random_weights():
