@@ -434,8 +434,8 @@ def flags(valid: Tensor | None) -> Tensor | None:
 
 
 def plane_dtype(weights: Tensor) -> torch.dtype:
-    """Return the planes' dtype: float32, or float16 when the weights are in half precision (``precision="fast"``)."""
-    return torch.float32 if weights.dtype == torch.float32 else torch.float16
+    """Return the planes' dtype: float16 for float16 weights (``precision="fast"``), else float32."""
+    return torch.float16 if weights.dtype == torch.float16 else torch.float32
 
 
 def without_invalid(masks: Tensor, valid: Tensor | None) -> Tensor:
