@@ -137,13 +137,18 @@ def tune(kernel: str, key: Hashable, measure: Callable[[Config], float], *, neig
     Args:
         kernel: the kernel's name.
         key: the bucketed shape the result is kept under.
-        measure: runs the operator under one configuration and returns its cost.
+        measure: runs the operator under one configuration and returns its cost. It may :func:`remember` the
+            configuration to do so; when it raises, nothing stays remembered.
         neighbours: P.
         width: channels a thread works on at a time.
     """
     if (kernel, key) in _CHOSEN:
         return _CHOSEN[kernel, key]
-    best = min(configs(kernel, neighbours=neighbours, width=width), key=measure)
+    try:
+        best = min(configs(kernel, neighbours=neighbours, width=width), key=measure)
+    except BaseException:
+        _CHOSEN.pop((kernel, key), None)
+        raise
     remember(kernel, key, best)
     return best
 

@@ -27,4 +27,9 @@ def test_double_is_not_for_triton(monkeypatch):
 def test_warmup_off_the_gpu_runs_once_and_measures_nothing():
     from dmsa_kernels.backend import warmup
 
-    assert warmup(torch.rand(1, 3, 6, 6), torch.rand(1, 2, 6, 6), [1], 1) == {}
+    image, masks = torch.rand(1, 3, 6, 6, requires_grad=True), torch.rand(1, 2, 6, 6, requires_grad=True)
+    valid = torch.tensor([[True, False]])
+    for options in ({}, {"valid_classes": valid}, {"return_labels": True}, {"precision": "fast", "spec": "pamr"}):
+        assert warmup(image, masks, [1], 1, **options) == {}
+    assert warmup(image, masks, iter([1]), 0) == {}
+    assert image.grad is masks.grad is None

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from dmsa_kernels.backend import BACKENDS
 from dmsa_kernels.refine import ops
@@ -15,6 +16,8 @@ from dmsa_kernels.refine.spec import AffinitySpec, resolve_spec
 
 PRECISIONS = ("exact", "fast")
 RESIZES = ("masks", "image", "none")
+# A pixel's coordinate plus a dilation must stay within 32 bits in the kernels.
+MAX_DILATION = 2**30
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,13 @@ def _check_stack(name: str, x: Tensor, layout: str) -> None:
         raise ValueError(f"{name}.shape={tuple(x.shape)} must have four dimensions, {layout}")
     if not x.is_floating_point():
         raise TypeError(f"{name}.dtype={x.dtype} must be a floating-point type; convert it with {name}.float()")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name}.layout={x.layout} must be torch.strided; convert it with {name}.to_dense()")
     if 0 in x.shape[2:]:
         raise ValueError(f"{name}.shape={tuple(x.shape)} must have at least one pixel, {layout}")
+    # The compiler traces without forward-mode derivatives; outside, an operator would drop one without a word.
+    if not torch.compiler.is_compiling() and forward_ad.unpack_dual(x).tangent is not None:
+        raise RuntimeError(f"{name} carries a forward-mode derivative (jvp); the refinement has reverse mode only")
 
 
 def _check_image(image: Tensor) -> None:
@@ -63,6 +71,8 @@ def _check_dilations(dilations: Sequence[int]) -> list[int]:
         checked.append(operator.index(dilation))
         if checked[-1] < 1:
             raise ValueError(f"{dilations=} must hold positive integers only, got {dilation!r}")
+        if checked[-1] > MAX_DILATION:
+            raise ValueError(f"{dilations=} must hold integers of at most 2^30, got {dilation!r}")
     if not checked:
         raise ValueError(f"{dilations=} must hold at least one dilation")
     return checked
@@ -82,12 +92,35 @@ def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
         raise ValueError(f"{name}={value!r} is not one of {', '.join(choices)}")
 
 
+def check_options(
+    dilations: Sequence[int], num_iter: int, *, resize: str, precision: str, backend: str
+) -> tuple[list[int], int]:
+    """Raise what :func:`refine` raises for arguments that are not tensors; return dilations and iterations as ints."""
+    checked = _check_dilations(dilations), _check_num_iter(num_iter)
+    _check_choice("resize", resize, RESIZES)
+    _check_choice("precision", precision, PRECISIONS)
+    _check_choice("backend", backend, BACKENDS)
+    return checked
+
+
 def _check_masks(masks: Tensor, other: str, batch: int, device: torch.device) -> None:
     _check_stack("masks", masks, "[B, C, H, W]")
     if masks.shape[0] != batch:
         raise ValueError(f"masks.shape={tuple(masks.shape)} must have the batch size of {other}, {batch}")
     if masks.device != device:
         raise ValueError(f"masks.device={masks.device} must be the device of {other}, {device}")
+
+
+def _check_affinity(affinity: Affinity) -> None:
+    if not isinstance(affinity, Affinity):
+        raise TypeError(f"affinity must come from local_affinity, got {type(affinity).__name__}")
+    _check_stack("affinity.weights", affinity.weights, "[B, P, H, W]")
+    neighbours = 8 * len(_check_dilations(affinity.dilations))
+    if affinity.weights.shape[1] != neighbours:
+        raise ValueError(
+            f"affinity.weights.shape={tuple(affinity.weights.shape)} must have {neighbours} weights a pixel, eight for"
+            f" each of {affinity.dilations=}"
+        )
 
 
 def _check_classes(masks: Tensor, valid_classes: Tensor | None, return_labels: bool) -> None:
@@ -197,8 +230,7 @@ def propagate(
         ValueError: shapes, devices or values that do not fit; the message shows them.
         RuntimeError: ``backend="triton"`` cannot take the tensors; the message is the reason.
     """
-    if not isinstance(affinity, Affinity):
-        raise TypeError(f"affinity must come from local_affinity, got {type(affinity).__name__}")
+    _check_affinity(affinity)
     batch, _, height, width = affinity.weights.shape
     _check_masks(masks, "affinity", batch, affinity.weights.device)
     if tuple(masks.shape[2:]) != (height, width):
@@ -265,12 +297,8 @@ def refine(
     """
     _check_image(image)
     _check_masks(masks, "image", image.shape[0], image.device)
-    checked = _check_dilations(dilations)
-    num_iter = _check_num_iter(num_iter)
+    checked, num_iter = check_options(dilations, num_iter, resize=resize, precision=precision, backend=backend)
     constants = resolve_spec(spec)
-    _check_choice("resize", resize, RESIZES)
-    _check_choice("precision", precision, PRECISIONS)
-    _check_choice("backend", backend, BACKENDS)
     _check_classes(masks, valid_classes, return_labels)
     if resize == "none" and image.shape[2:] != masks.shape[2:]:
         raise ValueError(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dmsa_kernels.refine import spec as presets
-from dmsa_kernels.refine.functional import refine
+from dmsa_kernels.refine.functional import check_options, refine
 from dmsa_kernels.refine.spec import NEIGHBOUR_OFFSETS, AffinitySpec
 
 
@@ -41,7 +41,9 @@ class _Refinement(nn.Module):
         self, dilations: Sequence[int], num_iter: int, *, spec: AffinitySpec, resize: str, precision: str, backend: str
     ):
         super().__init__()
-        self.dilations = dilations
+        checked, _ = check_options(dilations, num_iter, resize=resize, precision=precision, backend=backend)
+        # a list stays the caller's, as in the code that is replaced; an iterator could be read only once
+        self.dilations = dilations if isinstance(dilations, (list, tuple)) else checked
         self.num_iter = num_iter
         self.resize = resize
         self.precision = precision
@@ -161,6 +163,12 @@ class PAMR(_Refinement):
         self.aff_x = _Kernel(_shift_kernel(centre=1.0, neighbour=-1.0))
         self.aff_m = _Kernel(_shift_kernel())
         self.aff_std = _Kernel(_shift_kernel(keep_centre_tap=True))
+
+    def forward(  # type: ignore[override]  # the replaced module's names of the two arguments
+        self, x: Tensor, mask: Tensor, *, valid_classes: Tensor | None = None, return_labels: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Refine mask ``[B, C, h, w]`` along the image x ``[B, K, H, W]``; see :func:`dmsa_kernels.refine`."""
+        return super().forward(x, mask, valid_classes=valid_classes, return_labels=return_labels)
 
 
 class LCM(_Refinement):

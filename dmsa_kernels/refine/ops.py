@@ -223,8 +223,9 @@ def _propagate_labels(
     assert best is not None  # there is always a chunk
     labels, values = best
     if valid_classes is not None:
-        some = valid_classes.any(1)[:, None, None]
-        labels, values = labels.where(some, 0), values.where(some, 0.0)
+        # minus infinity is the value of a class that is not valid, too: there the lowest valid class wins
+        labels = labels.where(values != -torch.inf, valid_classes.int().argmax(1)[:, None, None])
+        values = values.where(valid_classes.any(1)[:, None, None], 0.0)
     return labels, values.to(masks.dtype)
 
 
@@ -235,8 +236,8 @@ def _propagate_labels_fake(weights: Tensor, masks: Tensor, *arguments: object) -
 
 def _refuse_second_order(ctx, *grads: Tensor):
     raise RuntimeError(
-        "the refinement is differentiable once: a gradient of its gradient was asked for"
-        " (create_graph=True); backend='reference' of dmsa_kernels.refine.reference is plain PyTorch and has one"
+        "the refinement is differentiable once: a gradient of its gradient was asked for (create_graph=True);"
+        " the functions of dmsa_kernels.refine.reference are plain PyTorch and have one, when called directly"
     )
 
 

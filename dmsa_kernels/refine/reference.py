@@ -84,7 +84,7 @@ def local_affinity_backward(
     pullback = torch.func.vjp(
         lambda x: _affinity(x, dilations, exponent, alpha, sigma, eps, position_weight), image.double()
     )[1]
-    return pullback(grad_weights.double())[0].to(image.dtype)
+    return torch.empty_like(image).copy_(pullback(grad_weights.double())[0])
 
 
 def propagate(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dmsa_kernels.refine import refine
+from dmsa_kernels.refine import AffinitySpec, local_affinity, propagate, refine
 from tests.helpers import border, relative_norm, require_backend
 
 BACKENDS = ("reference", "eager", "triton")
@@ -94,6 +94,21 @@ def test_nan_in_the_image_stays_in_its_neighbourhood(backend):
     assert torch.equal(refined[0, 0].isnan(), reached)
 
 
+@pytest.mark.parametrize("spec", ["par", "pamr", AffinitySpec(sigma="none", alpha=0.7, eps=1e-6)], ids=str)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_gradients_are_finite_where_the_definition_is(backend, spec, value):
+    image, masks = _pair(7, 9)
+    image[0, 1, 0, 4] = value  # at the border, where neighbours are clamped
+    grads = []
+    for which, dtype in ((backend, torch.float32), ("reference", torch.float64)):
+        leaves = [x.to(dtype, copy=True).requires_grad_() for x in (image, masks)]
+        refine(*leaves, [2], 1, spec=spec, backend=which).sum().backward()
+        grads.append([leaf.grad.isfinite() for leaf in leaves])
+    for actual, expected in zip(*grads, strict=True):
+        assert torch.equal(actual, expected)
+        assert expected.any()
+
+
 def test_nan_in_the_masks_spreads_one_step_an_iteration(backend):
     image, masks = _pair(15, 15)
     masks[0, 0, 7, 7] = torch.nan
@@ -138,6 +153,40 @@ def test_strides(backend, layout):
         assert relative_norm(strided, contiguous) <= 1e-6
     if layout == "channels_last":
         assert results[0][0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_largest_dilation_is_beyond_every_map(backend):
+    image, masks = _pair(5, 6)
+    actual = refine(image, masks, [2**30], 2, spec="pamr", backend=backend)
+    assert torch.equal(actual, refine(image, masks, [6], 2, spec="pamr", backend=backend))
+
+
+def test_planes_more_than_32_bits_apart():
+    """Three channels 2.4 GB apart; only the pages that are touched take memory."""
+    require_backend("triton")
+    apart = 1_200_000_000
+    try:
+        memory = torch.empty(2 * apart + 20, dtype=torch.float16)
+    except RuntimeError as error:
+        pytest.skip(f"no 5 GB of address space: {error}")
+    far = memory.as_strided((1, 3, 4, 5), (0, apart, 5, 1))
+    near = torch.rand(1, 3, 4, 5, generator=torch.Generator().manual_seed(0)).half()
+    far.copy_(near)
+    affinity = local_affinity(far, [1], backend="triton")
+    assert torch.equal(affinity.weights, local_affinity(near, [1], backend="triton").weights)
+    refined = propagate(affinity, far, 1, backend="triton")
+    assert torch.equal(refined, propagate(affinity, near, 1, backend="triton"))
+
+
+def test_labels_where_every_valid_class_is_minus_infinity(backend):
+    image, masks = _pair(5, 6, classes=3)
+    masks[..., :2] = -torch.inf
+    valid = torch.tensor([[False, True, True]])
+    arguments = (image, masks, [1], 0)  # no iteration, in which an infinity times a weight of 0 would be NaN
+    labels, values = refine(*arguments, valid_classes=valid, return_labels=True, backend=backend)
+    assert labels[..., :2].eq(1).all()  # the lowest valid class, not class 0
+    assert values[..., :2].eq(-torch.inf).all()
+    assert torch.equal(labels[..., 2:], masks[:, 1:, :, 2:].argmax(1) + 1)
 
 
 def test_labels_are_the_argmax(backend):

@@ -21,6 +21,7 @@ MASKS = torch.rand(2, 4, 3, 2)
         ({"image": IMAGE.numpy()}, TypeError, r"image must be a tensor .* got ndarray"),
         ({"image": IMAGE[0]}, ValueError, r"image.shape=\(3, 6, 5\) must have four dimensions"),
         ({"image": (IMAGE * 255).byte()}, TypeError, r"image.dtype=torch.uint8 .* image.float\(\)"),
+        ({"image": IMAGE.to_sparse()}, TypeError, r"image.layout=torch.sparse_coo must be torch.strided"),
         ({"image": IMAGE[:, :0]}, ValueError, r"image.shape=\(2, 0, 6, 5\) must have at least one channel"),
         ({"image": IMAGE[..., :0]}, ValueError, r"image.shape=\(2, 3, 6, 0\) must have at least one pixel"),
         ({"masks": None}, TypeError, r"masks must be a tensor .* got NoneType"),
@@ -35,6 +36,7 @@ MASKS = torch.rand(2, 4, 3, 2)
         ({"dilations": []}, ValueError, r"dilations=\[\] must hold at least one"),
         ({"dilations": [1, 0]}, ValueError, r"dilations=\[1, 0\] must hold positive integers only, got 0"),
         ({"dilations": [-3]}, ValueError, r"positive integers only, got -3"),
+        ({"dilations": [1, 2**30 + 1]}, ValueError, r"at most 2\^30, got 1073741825"),
         ({"dilations": [1.0]}, TypeError, r"dilations=\[1.0\] must hold integers only, got 1.0"),
         ({"dilations": [True]}, TypeError, r"integers only, got True"),
         ({"num_iter": -1}, ValueError, r"num_iter=-1 must be at least 0"),
@@ -77,6 +79,38 @@ def test_bad_arguments_of_propagate():
         propagate(affinity, torch.rand(2, 4, 6, 5), -2)
     with pytest.raises(ValueError, match="backend='fast'"):
         propagate(affinity, torch.rand(2, 4, 6, 5), 1, backend="fast")
+
+
+@pytest.mark.parametrize(
+    ("weights", "dilations", "error", "message"),
+    [
+        (torch.rand(2, 7, 6, 5), (1,), ValueError, r"shape=\(2, 7, 6, 5\) must have 8 weights a pixel"),
+        (torch.rand(2, 16, 6, 5), (1,), ValueError, r"must have 8 weights a pixel"),
+        (torch.rand(2, 8, 30), (1,), ValueError, r"affinity.weights.shape=\(2, 8, 30\) must have four dimensions"),
+        (torch.ones(2, 8, 6, 5).long(), (1,), TypeError, r"affinity.weights.dtype=torch.int64"),
+        (torch.rand(2, 8, 6, 5), (0,), ValueError, r"positive integers only, got 0"),
+    ],
+)
+def test_a_foreign_affinity_is_checked_before_it_is_read(weights, dilations, error, message):
+    with pytest.raises(error, match=message):
+        propagate(Affinity(weights, dilations), torch.rand(2, 4, 6, 5), 1)
+
+
+@pytest.mark.parametrize("argument", ["image", "masks"])
+def test_forward_mode_is_refused_not_dropped(argument):
+    def run(x):
+        return refine(**{"image": IMAGE, "masks": MASKS, argument: x}, dilations=[1], num_iter=1)
+
+    x = {"image": IMAGE, "masks": MASKS}[argument]
+    with pytest.raises(RuntimeError, match=f"{argument} carries a forward-mode derivative"):
+        torch.func.jvp(run, (x,), (x,))
+
+
+def test_vmap_equals_the_batch():
+    def single(image, masks):
+        return refine(image[None], masks[None], [1], 2)[0]
+
+    assert torch.equal(torch.vmap(single)(IMAGE, MASKS), refine(IMAGE, MASKS, [1], 2))
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,14 @@
 """Drop-in modules: signatures, attributes, state dicts and live parameters of the code they replace."""
 
+import copy
 import dataclasses
 import inspect
 import math
+import pickle
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,6 +24,41 @@ def test_positional_order_and_defaults_are_upstreams():
     pamr = inspect.signature(PAMR).parameters
     assert list(pamr)[:2] == ["num_iter", "dilations"]
     assert (pamr["num_iter"].default, list(pamr["dilations"].default)) == (1, [1])
+
+
+def test_argument_names_are_upstreams():
+    assert torch.equal(PAR([1], 2)(imgs=IMAGE, masks=MASKS), PAR([1], 2)(IMAGE, MASKS))
+    assert torch.equal(PAMR(2, [1])(x=IMAGE, mask=MASKS), PAMR(2, [1])(IMAGE, MASKS))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dilations": [0]}, "positive integers"),
+        ({"num_iter": -1}, "num_iter=-1"),
+        ({"resize": "up"}, "resize='up'"),
+        ({"precision": "half"}, "precision='half'"),
+        ({"backend": "cuda"}, "backend='cuda'"),
+    ],
+)
+@pytest.mark.parametrize("module", [PAR, PAMR, LCM])
+def test_bad_options_are_refused_when_the_module_is_made(module, options, message):
+    with pytest.raises(ValueError, match=message):
+        module(**{"dilations": [1], "num_iter": 1, **options})
+
+
+def test_dilations_of_any_kind_can_be_read_again():
+    for dilations in ((d for d in (1, 2)), np.array([1, 2]), torch.tensor([1, 2]), range(1, 3)):
+        module = PAR(dilations, 1)
+        assert module.dilations == [1, 2]
+        assert torch.equal(module(IMAGE, MASKS), module(IMAGE, MASKS))
+
+
+def test_copies_and_replicas_compute_the_same():
+    for module in (PAR([1, 2], 2), PAMR(2, [1, 2])):
+        expected = module(IMAGE, MASKS)
+        for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), module._replicate_for_data_parallel()):
+            assert torch.equal(twin(IMAGE, MASKS), expected)
 
 
 def test_par_and_pamr_call_refine():

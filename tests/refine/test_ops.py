@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 
+from dmsa_kernels import PAMR, PAR
 from dmsa_kernels.refine import local_affinity, ops, propagate, refine
 from tests.helpers import LargestTensor, require_backend
 
@@ -117,6 +120,34 @@ def test_compiles_without_graph_breaks(dynamic):
         assert torch.allclose(actual, expected)
         for a, b in zip(leaves, again, strict=True):
             assert torch.allclose(a.grad, b.grad, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["eager", "reference", "triton"])
+def test_results_have_the_strides_that_the_fakes_promise(backend):
+    require_backend(backend)
+    image, weights, masks = (x.contiguous(memory_format=torch.channels_last) for x in _tensors())
+    arguments = {
+        "local_affinity": (image, *SPEC, False, backend),
+        "local_affinity_backward": (weights, image, *SPEC, backend),
+        "propagate": (weights, masks, [1, 2], 1, VALID, backend),
+        "propagate_labels": (weights, masks, [1, 2], 1, VALID, backend),
+        "propagate_backward": (masks, weights, masks, [1, 2], 1, VALID, True, True, backend),
+    }
+    for name, values in arguments.items():
+        operator = getattr(OPS, name)
+        with FakeTensorMode() as mode:
+            fakes = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in values]
+            promised = operator(*fakes)
+        made = operator(*values)
+        for real, fake in zip(tree_leaves(made), tree_leaves(promised), strict=True):
+            assert (real.shape, real.dtype, real.stride()) == (fake.shape, fake.dtype, fake.stride()), name
+
+
+def test_modules_compile():
+    image, _, masks = _tensors()
+    for module in (PAR([1, 2], 2), PAMR(2, [1, 2])):
+        compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(image, masks), module(image, masks))
 
 
 def test_inductor_compiles_labels():

@@ -37,6 +37,21 @@ def test_measured_configuration_is_kept_for_its_bucket_alone(monkeypatch):
     assert tuning.tune("propagate_fwd", key, lambda c: pytest.fail("measured again"), neighbours=16) == wanted
 
 
+def test_a_measurement_that_fails_leaves_nothing_behind(monkeypatch):
+    monkeypatch.setattr(tuning, "_CHOSEN", {})
+    default = tuning.select("propagate_fwd", "key")
+
+    def measure(config):
+        tuning.remember("propagate_fwd", "key", config)
+        if config != default:
+            raise RuntimeError("out of resources")
+        return 1.0
+
+    with pytest.raises(RuntimeError, match="out of resources"):
+        tuning.tune("propagate_fwd", "key", measure, neighbours=16)
+    assert tuning.select("propagate_fwd", "key") == default
+
+
 @pytest.mark.parametrize(
     ("channels", "itemsize", "width"),
     [(1, 4, 1), (2, 4, 2), (3, 4, 1), (4, 4, 4), (6, 4, 2), (21, 4, 4), (81, 4, 4), (21, 2, 8), (2, 2, 2)],

@@ -124,8 +124,8 @@ def local_affinity_fwd_kernel(
         else:
             scores = scores + (tl.zeros([8, PIXELS], dtype=tl.float32),)
 
-    for k in tl.static_range(CHANNELS):
-        p_image = image_ptr + i_n * stride_image_n + k * stride_image_c
+    p_image = image_ptr + i_n * stride_image_n
+    for _ in tl.static_range(CHANNELS):
         samples, centre, _, sigma = neighbourhood(
             p_image, o_y, o_x, height, width, stride_image_h, stride_image_w, DILATIONS, SIGMA
         )
@@ -137,6 +137,8 @@ def local_affinity_fwd_kernel(
                 term = term * term
             summed = summed + (scores[i] - term * inverse_channels,)
         scores = summed
+        # one channel at a time: a multiple of the stride could leave 32 bits
+        p_image += stride_image_c
 
     if WRITE_PARTIAL:
         for i in tl.static_range(D):

@@ -282,8 +282,6 @@ def local_affinity_bwd_kernel(
         per_sample = tl.where(flat, 0.0, d_sigma / (tl.where(flat, 1.0, sigma) * (8 * D + CENTRES - 1)))
         # the centre's own sample is `centre`, 0 in the modes that count it
         d_centre += per_sample * (centre - mean) * CENTRES
-    else:
-        per_sample = tl.zeros([PIXELS], dtype=tl.float32)
     for i in tl.static_range(D):
         # computed again: kept, P more registers a thread would spill
         d_tap, _ = tap_gradient(
@@ -298,7 +296,8 @@ def local_affinity_bwd_kernel(
             inverse_channels,
             EXPONENT,
         )
-        d_tap += per_sample[None, :] * (samples[i] - mean[None, :])
+        if SIGMA != "none":
+            d_tap += per_sample[None, :] * (samples[i] - mean[None, :])
         tl.store(taps_ptr + o_taps + i * 8 * plane, d_tap, mask=m_taps)
     tl.store(centre_ptr + i_n * plane + o_y * width + o_x, d_centre, mask=m_pixel)
 

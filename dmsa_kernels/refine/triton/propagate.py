@@ -173,11 +173,21 @@ def propagate_fwd_kernel(
         some = tl.max(m_c.to(tl.int32), axis=0) if HAS_VALID else 1
         if some > 0:
             for p in tl.static_range(P):
-                q_y = tl.minimum(tl.maximum(o_y + SIGN * TAP_Y[p % 8] * DILATIONS[p // 8], 0), height - 1)
-                q_x = tl.minimum(tl.maximum(o_x + SIGN * TAP_X[p % 8] * DILATIONS[p // 8], 0), width - 1)
-                # [PIXELS, BLOCK_C]; clamped, so inside the plane even for pixels outside the map: no mask needed
-                o_tap = (o_plane + q_y * width + q_x) * BLOCK_C
-                tap = tl.load(planes_ptr + o_tap[:, None] + o_lane[None, :]).to(tl.float32)
+                q_y = o_y + SIGN * TAP_Y[p % 8] * DILATIONS[p // 8]
+                q_x = o_x + SIGN * TAP_X[p % 8] * DILATIONS[p // 8]
+                # [PIXELS, BLOCK_C]
+                if ADJOINT:
+                    # a tap outside the map has weight 0, which a NaN at the clamped place would turn into NaN
+                    m_tap = (q_y >= 0) & (q_y < height) & (q_x >= 0) & (q_x < width)
+                    o_tap = (o_plane + q_y * width + q_x) * BLOCK_C
+                    tap = tl.load(planes_ptr + o_tap[:, None] + o_lane[None, :], mask=m_tap[:, None], other=0.0)
+                else:
+                    # clamped, so inside the plane even for pixels outside the map: no mask needed
+                    q_y = tl.minimum(tl.maximum(q_y, 0), height - 1)
+                    q_x = tl.minimum(tl.maximum(q_x, 0), width - 1)
+                    o_tap = (o_plane + q_y * width + q_x) * BLOCK_C
+                    tap = tl.load(planes_ptr + o_tap[:, None] + o_lane[None, :])
+                tap = tap.to(tl.float32)
                 if HOLD_WEIGHTS:
                     w = held[p]
                 else:
@@ -434,8 +444,8 @@ def flags(valid: Tensor | None) -> Tensor | None:
 
 
 def plane_dtype(weights: Tensor) -> torch.dtype:
-    """Return the planes' dtype: float32, or float16 when the weights are in half precision (``precision="fast"``)."""
-    return torch.float32 if weights.dtype == torch.float32 else torch.float16
+    """Return the planes' dtype: float16 for float16 weights (``precision="fast"``), else float32."""
+    return torch.float16 if weights.dtype == torch.float16 else torch.float32
 
 
 def without_invalid(masks: Tensor, valid: Tensor | None) -> Tensor:
