@@ -126,7 +126,6 @@ def propagate_fwd_kernel(
     """
     P: tl.constexpr = 8 * len(DILATIONS)
     PIXELS: tl.constexpr = BLOCK_H * BLOCK_W
-    SIGN: tl.constexpr = -1 if ADJOINT else 1
     i_tile = tl.program_id(0) % tiles
     i_split = (tl.program_id(0) // tiles) % splits
     i_n = tl.program_id(0) // (tiles * splits)
@@ -173,21 +172,20 @@ def propagate_fwd_kernel(
         some = tl.max(m_c.to(tl.int32), axis=0) if HAS_VALID else 1
         if some > 0:
             for p in tl.static_range(P):
-                q_y = o_y + SIGN * TAP_Y[p % 8] * DILATIONS[p // 8]
-                q_x = o_x + SIGN * TAP_X[p % 8] * DILATIONS[p // 8]
                 # [PIXELS, BLOCK_C]
                 if ADJOINT:
-                    # a tap outside the map has weight 0, which a NaN at the clamped place would turn into NaN
-                    m_tap = (q_y >= 0) & (q_y < height) & (q_x >= 0) & (q_x < width)
+                    # masked: a tap outside the map has weight 0, and a NaN in its place would turn that into NaN
+                    q_y = o_y - TAP_Y[p % 8] * DILATIONS[p // 8]
+                    q_x = o_x - TAP_X[p % 8] * DILATIONS[p // 8]
+                    m_tap = ((q_y >= 0) & (q_y < height) & (q_x >= 0) & (q_x < width))[:, None]
                     o_tap = (o_plane + q_y * width + q_x) * BLOCK_C
-                    tap = tl.load(planes_ptr + o_tap[:, None] + o_lane[None, :], mask=m_tap[:, None], other=0.0)
+                    tap = tl.load(planes_ptr + o_tap[:, None] + o_lane[None, :], mask=m_tap, other=0.0).to(tl.float32)
                 else:
                     # clamped, so inside the plane even for pixels outside the map: no mask needed
-                    q_y = tl.minimum(tl.maximum(q_y, 0), height - 1)
-                    q_x = tl.minimum(tl.maximum(q_x, 0), width - 1)
+                    q_y = tl.minimum(tl.maximum(o_y + TAP_Y[p % 8] * DILATIONS[p // 8], 0), height - 1)
+                    q_x = tl.minimum(tl.maximum(o_x + TAP_X[p % 8] * DILATIONS[p // 8], 0), width - 1)
                     o_tap = (o_plane + q_y * width + q_x) * BLOCK_C
-                    tap = tl.load(planes_ptr + o_tap[:, None] + o_lane[None, :])
-                tap = tap.to(tl.float32)
+                    tap = tl.load(planes_ptr + o_tap[:, None] + o_lane[None, :]).to(tl.float32)
                 if HOLD_WEIGHTS:
                     w = held[p]
                 else:
@@ -317,6 +315,11 @@ def tuning_key(neighbours: int, pixels: int, width: int) -> tuple[int, int, int]
     return neighbours, tuning.bucket(pixels), width
 
 
+def holds_weights(neighbours: int, width: int, has_valid: bool) -> bool:
+    """Return whether a pixel's weights fit into registers beside ``width`` channels; flags take the last free ones."""
+    return neighbours <= (MAX_HELD_NEIGHBOURS - 8 if has_valid and width == 8 else MAX_HELD_NEIGHBOURS)
+
+
 def is_plane(masks: Tensor, valid: Tensor | None, width: int, dtype: torch.dtype) -> bool:
     """Return whether masks ``[n, C, H, W]`` already are planes of one channel each."""
     return width == 1 and valid is None and masks.dtype == dtype and masks.is_contiguous()
@@ -427,7 +430,7 @@ def step(
         stride_valid_c=0 if valid is None else valid.stride(1),
         DILATIONS=dilations,
         HAS_VALID=valid is not None,
-        HOLD_WEIGHTS=groups_each > 1 and neighbours <= MAX_HELD_NEIGHBOURS,
+        HOLD_WEIGHTS=groups_each > 1 and holds_weights(neighbours, width, valid is not None),
         ADJOINT=borders is not None,
         INT64=needs_int64(planes, weights, out),
         BLOCK_C=width,
@@ -587,7 +590,8 @@ def offline_cases() -> Iterator[tuning.OfflineCase]:
         yield case("tile", dilations, config, width, INT64=False)
     for dilations in OFFLINE_DILATIONS[-2:]:
         yield case("exact, valid", dilations, default, 4, HAS_VALID=True)
-        yield case("fast, valid", dilations, default, 8, HAS_VALID=True)
+        hold = holds_weights(8 * len(dilations), 8, True)
+        yield case("fast, valid", dilations, default, 8, HAS_VALID=True, HOLD_WEIGHTS=hold)
         yield case("exact, transposed", dilations, default, 4, ADJOINT=True)
     for masks, planes, width in (("*fp32", "*fp32", 4), ("*fp16", "*fp32", 4), ("*bf16", "*fp16", 8)):
         flags = {"HAS_VALID": True, "INT64": False, "BLOCK_C": width, "BLOCK": BLOCK_PIXELS}
