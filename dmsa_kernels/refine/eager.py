@@ -96,6 +96,13 @@ def _compute_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
+def _constants(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The values as a tensor [n]; on an accelerator without a copy from the host, which would wait for the device."""
+    if device.type == "cpu":
+        return torch.tensor(values, dtype=dtype)
+    return torch.stack([torch.full((), value, dtype=dtype, device=device) for value in values])
+
+
 def _sweep_elements(device: torch.device) -> int:
     return SWEEP_ELEMENTS if device.type == "cpu" else DEVICE_SWEEP_ELEMENTS
 
@@ -168,11 +175,12 @@ class _Guide:
             for magnitude, scale in zip(magnitudes[1:], scales[1:], strict=True):
                 score.addcmul_(magnitude, scale)
         torch.sub(out.amin(1, keepdim=True), out, out=out).exp_()
-        inverse_sum = out.sum(1, keepdim=True).reciprocal_()
+        # Divided, not multiplied by a reciprocal: that would round all weights of a pixel to the same side.
+        total = out.sum(1, keepdim=True)
         if position is None:
-            out.mul_(inverse_sum)
+            out.div_(total)
         else:
-            torch.addcmul(position, out, inverse_sum, out=out)
+            torch.addcdiv(position, out, total, out=out)
         return out
 
     def images(self) -> int:
@@ -200,7 +208,7 @@ def local_affinity(
     """Weights [B, P, H, W] of the P = 8 * D neighbours of every pixel of image [B, K, H, W]."""
     batch, channels, height, width = image.shape
     dtype = _compute_dtype(image)
-    position = torch.tensor(position_vector(dilations, alpha, eps, position_weight), dtype=dtype).to(image.device)
+    position = _constants(position_vector(dilations, alpha, eps, position_weight), dtype, image.device)
     position = position.view(1, -1, 1, 1)
     taps = 8 * len(dilations)
     weights = torch.empty((batch, taps, height, width), dtype=torch.float16 if fast else dtype, device=image.device)

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dmsa_kernels.refine import AffinitySpec, eager, local_affinity, propagate, reference, refine
 from dmsa_kernels.refine.spec import LCM, PAMR, PAR
@@ -143,3 +144,28 @@ def test_padding_and_its_adjoint():
     padded.buffer.copy_(y)
     padded.fold()
     assert torch.allclose((filled * y).sum(), (x * padded.inner).sum())
+
+
+class _Calls(TorchDispatchMode):
+    """Names of the operators that were called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_accelerator_is_not_waited_for():
+    # Meta tensors take the accelerator's path; a constant made on the host would have to be copied to the device.
+    image, masks = torch.empty(1, 3, 9, 11, device="meta"), torch.empty(1, 4, 9, 11, device="meta")
+    with _Calls() as calls:
+        weights = eager.local_affinity(
+            image, [1, 2], exponent=2.0, alpha=0.3, sigma="neighbours", eps=1e-8, position_weight=0.01, fast=False
+        )
+        eager.propagate(weights, masks, [1, 2], 2, torch.ones(1, 4, dtype=torch.bool, device="meta"))
+    waiting = {name for name in calls.names if "lift_fresh" in name or "_local_scalar" in name or "nonzero" in name}
+    assert calls.names, "the mode saw nothing"
+    assert not waiting, waiting
