@@ -86,8 +86,9 @@ class RatesConfig:
 class LabelConfig:
     """From the class activation map to the pseudo label."""
 
-    cam: Literal["attention_grad", "feature"] = "attention_grad"
-    """Gradient of the class-token attention (Eq. 5), or cosine of patch features with the centroids."""
+    cam: Literal["attention_grad", "feature", "single_patch"] = "attention_grad"
+    """Gradient of the class-token attention (Eq. 5), or cosine with the centroids: of patch features, or (times the
+    attention) of the class token that attends to one patch alone."""
     par: Literal["on", "off"] = "on"
     """Refine the fused scores with PAR (Eq. 4)."""
     par_dilations: tuple[int, ...] = (1, 2, 4, 8, 12, 24)
