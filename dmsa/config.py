@@ -86,9 +86,8 @@ class RatesConfig:
 class LabelConfig:
     """From the class activation map to the pseudo label."""
 
-    cam: Literal["attention_grad", "feature", "single_patch"] = "attention_grad"
-    """Gradient of the class-token attention (Eq. 5), or cosine with the centroids: of patch features, or (times the
-    attention) of the class token that attends to one patch alone."""
+    cam: Literal["attention_grad", "feature"] = "attention_grad"
+    """Gradient of the class-token attention (Eq. 5), or cosine of patch features with the centroids."""
     par: Literal["on", "off"] = "on"
     """Refine the fused scores with PAR (Eq. 4)."""
     par_dilations: tuple[int, ...] = (1, 2, 4, 8, 12, 24)
@@ -99,6 +98,8 @@ class LabelConfig:
     """Resolution at which the pseudo label is compared with the prediction."""
     bank_scales: tuple[float, ...] = (0.5, 0.4, 0.3, 0.2)
     """Window sides of the feature bank, as fractions of the image."""
+    bank_crop: int | None = None
+    """Side in pixels to which the feature bank's windows are resized; `data.size` if unset."""
     bank_images: int | None = None
     """Use only this many training images for the feature bank; all if unset."""
     background_threshold: float = 0.1
@@ -326,6 +327,7 @@ PAPER_SETTING = {
     "labels.par_dilations": [1, 2, 4, 8, 12, 24],
     "labels.par_iterations": 10,
     "labels.label_grid": "tokens",
+    "labels.bank_crop": None,
     "labels.background_threshold": 0.1,
     "losses.seg": 0.1,
     "losses.ce": 1.0,
@@ -389,7 +391,8 @@ def validate(config: Config) -> None:
         if not holds:
             raise ValueError(f"{key}={_show(flat[key])} must be {expected}")
 
-    positive = ["data.size", "data.crop", "data.repeat", "data.train_images", "data.val_images", "labels.bank_images"]
+    positive = ["data.size", "data.crop", "data.repeat", "data.train_images", "data.val_images"]
+    positive += ["labels.bank_images", "labels.bank_crop"]
     positive += ["model.decoder_layers", "model.decoder_heads", "train.epochs", "train.batch", "train.micro_batch"]
     positive += ["train.eval_every", "train.log_every", "train.keep_checkpoints"]
     for key in positive:

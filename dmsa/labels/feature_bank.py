@@ -134,12 +134,14 @@ def build_feature_bank(
 
     Every image is squashed to twice the training size. Windows at `config.labels.bank_scales`, with a stride of half
     a window, are foreground crops where more than 50 % of them is foreground, background crops where more than 80 %
-    is background. Each crop is resized to the training size; crops of different images share a batch.
+    is background. Each crop is resized to the training size (or to `labels.bank_crop`); crops of different images share
+    a batch.
 
     Args:
         encoder: on the device where it is to run.
         dataset: offers `raw(index)`, `things_only`, and its identity (`name`, `classes`, `images`).
-        config: reads `data.size`, `data.workers`, `labels.bank_scales`, `labels.bank_images`.
+        config: reads `data.size`, `data.workers`, `labels.bank_scales`, `labels.bank_crop`,
+            `labels.bank_images`.
         cache_dir: keeps finished parts there, under a key of encoder weights, data set and the fields above; a second
             call reads them. Nothing is kept if unset.
         batch: crops per forward pass.
@@ -164,7 +166,7 @@ def build_feature_bank(
     squashed = _squashed(dataset, [index for part in missing for index in parts[part]], config)
     for part in missing:
         arrays = _extract(
-            encoder, squashed, parts[part], boxes, config.data.size, dataset.things_only, batch, image_batch
+            encoder, squashed, parts[part], boxes, _crop(config), dataset.things_only, batch, image_batch
         )
         if folder is None:
             made[part] = arrays
@@ -200,13 +202,21 @@ def bank_identity(encoder: Encoder, dataset: Any, config: Config) -> dict[str, A
         "images": len(indices),
         "size": config.data.size,
         "scales": list(config.labels.bank_scales),
+        "crop": _crop(config),
     }
+
+
+def _crop(config: Config) -> int:
+    """Return the side of a resized crop."""
+    return config.data.size if config.labels.bank_crop is None else config.labels.bank_crop
 
 
 def _plan(encoder: Encoder, dataset: Any, config: Config) -> tuple[list[tuple[int, int, int]], list[int]]:
     """Return the windows of an image and the images, after checking that they make sense."""
     if config.data.size % encoder.patch_size:
         raise ValueError(f"{config.data.size=} is not a multiple of the encoder's patch size {encoder.patch_size}")
+    if _crop(config) % encoder.patch_size:
+        raise ValueError(f"{config.labels.bank_crop=} is not a multiple of the encoder's patch size {encoder.patch_size}")
     side = 2 * config.data.size // encoder.patch_size
     return windows((side, side), config.labels.bank_scales), _thin(image_count(dataset), config.labels.bank_images)
 

@@ -39,7 +39,7 @@ class PretrainConfig:
     categories: int = 400
     """Number of procedural categories (recipe `formula`)."""
     patch_weight: float = 1.0
-    """Weight of the patches' labels, named by the class token of one patch (recipe `formula`); 0: of pictures only."""
+    """Weight of the patches' own labels (recipe `formula`); 0 trains the class token alone, as DINO does."""
     prototypes: int = 512
     """Number of prototypes of the head (recipe `dino`)."""
     local_crops: int = 4
@@ -68,11 +68,12 @@ def build_backbone(name: str, size: int) -> nn.Module:
             multiple of its patches.
     """
     import timm
+    from timm.models.vision_transformer import VisionTransformer
 
     if name == "shapes_vit_tiny":
         from dmsa.weights import shapes_vit_tiny
 
-        vit = shapes_vit_tiny()[0]
+        vit = VisionTransformer(**shapes_vit_tiny()[0])
     elif timm.is_model(name) and name.startswith(("vit_", "deit", "test_vit")):
         vit = timm.create_model(name, pretrained=False, num_classes=0, dynamic_img_size=True, img_size=size)
     else:
@@ -99,8 +100,8 @@ def save_encoder(vit: nn.Module, path: Path) -> None:
 
 
 def _formula(config: PretrainConfig, vit: nn.Module):
-    from dmsa.pretrain.formula import FormulaHead, draw_batch, draw_categories, formula_loss, targets
-    from dmsa.pretrain.quality import last_block, normalise
+    from dmsa.pretrain.formula import NAMES_FIRST, FormulaHead, draw_batch, draw_categories, formula_loss, targets
+    from dmsa.pretrain.quality import normalise, tokens_and_attention
 
     categories = draw_categories(config.categories, config.seed)
     head = FormulaHead(vit.embed_dim, categories.operator)
@@ -113,9 +114,13 @@ def _formula(config: PretrainConfig, vit: nn.Module):
         batch = max(1, config.batch * config.size**2 // size**2)  # the same number of pixels in every step
         images, owner = draw_batch(categories, batch, size, generator)
         with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
-            tokens, attention, alone = last_block(vit, normalise(images))
+            tokens, attention = tokens_and_attention(vit, normalise(images))
+        tokens = torch.cat([tokens[:, :1], tokens[:, vit.num_prefix_tokens :]], dim=1).float()
         wanted = targets(owner, patch, config.categories)
-        return formula_loss(head, tokens[:, 0].float(), alone.float(), attention, wanted, config.patch_weight)
+        names_only = step < NAMES_FIRST * config.steps
+        return formula_loss(
+            head, tokens, attention.float(), wanted, names_only=names_only, patch_weight=config.patch_weight
+        )
 
     return nn.ModuleDict({"vit": vit, "head": head}), loss_of_step, lambda step: None
 

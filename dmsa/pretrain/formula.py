@@ -5,9 +5,8 @@ that a formula makes up. Here a category is a texture (an operator on oblique gr
 outline; every instance has its own angle, scale, phase, place and two colours. Pictures hold several instances on a
 cluttered background. Labels are free, and serve what DMSA takes from a backbone: the class token names the
 categories in the proportion of their visible areas, its attention in the last block covers the objects (DINO's does
-by itself after long training on photographs), and the class token that attends to a single patch names that patch's
-category, by the same cosine classifier. The patch tokens themselves are never labelled, and the background is not
-named at all: it is where the class token does not look.
+by itself after long training on photographs), and the patches name their category, or the background, by the same
+cosine classifier.
 
 None of the textures and outlines of the data set ``shapes`` can be drawn: its gratings stand at right angles, while
 those of a category stand at 20 to 65 degrees (`ANGLE`); a single grating is no operator here; its outlines are discs
@@ -207,7 +206,7 @@ class Targets:
     """What the tokens of a batch shall say and where the class token shall look."""
 
     patches: Tensor
-    """Category of every patch, int64 ``[B, N]``; -1 where none covers 60 % of it."""
+    """Category of every patch, int64 ``[B, N]``; ``categories`` for the background, -100 where no one covers 60 %."""
     shares: Tensor
     """Shares of the categories in the visible object area, ``[B, categories]``; zeros where there is no object."""
     attention: Tensor
@@ -231,14 +230,14 @@ def targets(owner: Tensor, patch: int, categories: int) -> Targets:
     area = torch.zeros(batch, categories).scatter_add_(1, flat.clamp(min=0), (flat >= 0).float())
     covered = (tiles >= 0).float().sum(-1)
     return Targets(
-        patches=majority.where(clear, -1),
+        patches=torch.where(majority < 0, categories, majority).where(clear, -100),
         shares=area / area.sum(1, keepdim=True).clamp(min=1),
         attention=covered / covered.sum(1, keepdim=True).clamp(min=1),
     )
 
 
 class FormulaHead(nn.Module):
-    """One cosine classifier for all class tokens, and an easier auxiliary task.
+    """One cosine classifier for class token and patches, and an easier auxiliary task.
 
     Hundreds of categories give hardly a gradient to an untrained network. The auxiliary linear layer names only the
     category's operator (one of seven) and gets learning off the ground; it is dropped with the head.
@@ -253,6 +252,7 @@ class FormulaHead(nn.Module):
     def __init__(self, dim: int, operator: Tensor) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(len(operator), dim) * dim**-0.5)
+        self.background = nn.Linear(dim, 1)
         self.log_scale = nn.Parameter(torch.tensor(math.log(12.0)))
         self.auxiliary = nn.Linear(dim, len(OPERATORS))
         self.register_buffer("operator", operator.clone(), persistent=False)
@@ -262,36 +262,57 @@ class FormulaHead(nn.Module):
         scale = self.log_scale.clamp(max=math.log(40.0)).exp()
         return scale * F.linear(F.normalize(tokens, dim=-1), F.normalize(self.weight, dim=-1))
 
+    def with_background(self, tokens: Tensor, absence: bool) -> Tensor:
+        """``[..., D]`` → logits ``[..., categories + 1]``, the last one the background's.
+
+        Args:
+            tokens: Final patch tokens.
+            absence: The background's logit is a constant instead of a linear function: background patches must then
+                point away from every category, and cosines with class tokens tell objects from background.
+        """
+        constant = self.background.bias.expand(*tokens.shape[:-1], 1)
+        return torch.cat([self(tokens), constant if absence else self.background(tokens)], dim=-1)
+
 
 OPERATOR_WEIGHT, ATTENTION_WEIGHT = 0.5, 0.5
+NAMES_FIRST = 0.6
+"""Share of the training before attention and absence count: learning names at the same time takes far longer."""
 
 
 def formula_loss(
-    head: FormulaHead, token: Tensor, alone: Tensor, attention: Tensor, wanted: Targets, patch_weight: float = 1.0
+    head: FormulaHead,
+    tokens: Tensor,
+    attention: Tensor,
+    wanted: Targets,
+    *,
+    names_only: bool = False,
+    patch_weight: float = 1.0,
 ) -> dict[str, Tensor]:
     """Sum of four cross-entropies, and accuracies.
 
-    The class token names the categories (in the proportion of their areas), and the one that attends to a single patch
-    that patch's; both also name the operators; and the class token's attention in the last block is spread over the
-    objects.
+    The class token names the categories (in the proportion of their areas), every patch its own or the background;
+    the class token and the patches on objects also name their operators; and the class token's attention in the last
+    block is spread over the objects.
 
     Args:
         head: The classifiers.
-        token: Class token ``[B, D]``.
-        alone: Class tokens of single patches, ``[B, N, D]``.
+        tokens: Final tokens ``[B, 1 + N, D]``, the class token first.
         attention: The last block's class-token attention to the patches, mean over heads, ``[B, N]``.
         wanted: From `targets`.
-        patch_weight: Weight of what the class tokens of single patches name, categories and operators.
+        names_only: Leave the attention alone, and let the background be a direction of its own.
+        patch_weight: Weight of what the patches name, categories and operators.
     """
-    of_class = head(token)
+    of_class = head(tokens[:, 0])
     known = wanted.patches >= 0
-    alone, names = alone[known], wanted.patches[known]
-    of_patches = head(alone)
+    patches, names = tokens[:, 1:][known], wanted.patches[known]
+    of_patches = head.with_background(patches, absence=not names_only)
     loss_class = -(wanted.shares * of_class.log_softmax(-1)).sum(-1).mean()
     loss_patch = F.cross_entropy(of_patches, names, reduction="sum") / max(len(names), 1)
+    things = names < wanted.shares.shape[1]
+    patches, of_patches, names = patches[things], of_patches[things], names[things]
     operators = wanted.shares @ F.one_hot(head.operator, len(OPERATORS)).to(wanted.shares.dtype)
-    loss_operator = -(operators * head.auxiliary(token).log_softmax(-1)).sum(-1).mean()
-    of_operators = F.cross_entropy(head.auxiliary(alone), head.operator[names], reduction="sum")
+    loss_operator = -(operators * head.auxiliary(tokens[:, 0]).log_softmax(-1)).sum(-1).mean()
+    of_operators = F.cross_entropy(head.auxiliary(patches), head.operator[names], reduction="sum")
     loss_operator = loss_operator + patch_weight * of_operators / max(len(names), 1)
     spread = attention / attention.sum(-1, keepdim=True)
     loss_attention = -(wanted.attention * (spread + 1e-6).log()).sum(-1).mean()
@@ -302,7 +323,7 @@ def formula_loss(
         "loss": loss_class
         + patch_weight * loss_patch
         + OPERATOR_WEIGHT * loss_operator
-        + ATTENTION_WEIGHT * loss_attention,
+        + (0.0 if names_only else ATTENTION_WEIGHT) * loss_attention,
         "loss_class": loss_class,
         "loss_patch": loss_patch,
         "loss_operator": loss_operator,

@@ -40,29 +40,17 @@ def normalise(images: Tensor) -> Tensor:
     return (images - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
 
 
-def last_block(vit: nn.Module, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the network; also say what its last block's attention does to the class token.
-
-    Returns:
-        Final tokens ``[B, T, D]``; the class token's attention to the patches, ``[B, N]`` (mean over the heads); and the
-        class tokens that attending to one patch alone would give, ``[B, N, D]``.
-    """
+def tokens_and_attention(vit: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Final tokens ``[B, 1 + N, D]`` and the last block's class-token attention ``[B, N]`` (mean over the heads)."""
     x = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
     for block in vit.blocks[:-1]:
         x = block(x)
-    last, prefix = vit.blocks[-1], vit.num_prefix_tokens
+    last = vit.blocks[-1]
     attention = last.attn
-    qkv = attention.qkv(last.norm1(x)).unflatten(-1, (3, attention.num_heads, -1))  # [B, T, 3, heads, d]
+    qkv = attention.qkv(last.norm1(x)).unflatten(-1, (3, attention.num_heads, -1))  # [B, 1 + N, 3, heads, d]
     query, key = attention.q_norm(qkv[:, :1, 0]), attention.k_norm(qkv[:, :, 1])
     weights = torch.einsum("bqhd,bkhd->bhqk", query, key) * attention.scale
-    alone = x[:, :1] + last.ls1(attention.proj(qkv[:, prefix:, 2].flatten(2)))
-    alone = vit.norm(alone + last.ls2(last.mlp(last.norm2(alone))))
-    return vit.norm(last(x)), weights.float().softmax(-1)[:, :, 0, prefix:].mean(1), alone
-
-
-def tokens_and_attention(vit: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Final tokens ``[B, T, D]`` and the last block's class-token attention ``[B, N]`` (mean over the heads)."""
-    return last_block(vit, images)[:2]
+    return vit.norm(last(x)), weights.float().softmax(-1)[:, :, 0, vit.num_prefix_tokens :].mean(1)
 
 
 def mean_iou(predicted: np.ndarray, label: np.ndarray, classes: int, *, match: bool) -> float:

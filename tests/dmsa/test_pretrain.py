@@ -12,8 +12,6 @@ from PIL import Image
 
 from dmsa.data.shapes import OUTLINES, PERIOD, TEXTURES, THINGS
 from dmsa.models.conv_stem import ConvStem
-from dmsa.models.encoder import Encoder
-from dmsa.models.late_class import LateClassViT
 from dmsa.pretrain import PretrainConfig, build_backbone, main, pretrain
 from dmsa.pretrain.dino import random_crop, sinkhorn
 from dmsa.pretrain.formula import (
@@ -29,7 +27,7 @@ from dmsa.pretrain.formula import (
     texture,
 )
 from dmsa.pretrain.loop import learning_rate
-from dmsa.pretrain.quality import last_block, mean_iou, measure, patch_labels, tokens_and_attention
+from dmsa.pretrain.quality import mean_iou, measure, patch_labels, tokens_and_attention
 from dmsa.weights import shapes_vit_tiny
 
 TINY = {"encoder": "shapes_vit_tiny", "size": 32, "batch": 4, "threads": 1, "log_every": 2, "report_pictures": 0}
@@ -168,39 +166,54 @@ def test_targets_by_hand():
     owner[0, :4, 4:6] = 1  # half a patch: unclear
     owner[0, 4:, :1] = 0  # a quarter of a patch: background prevails
     wanted = targets(owner, 4, 3)
-    assert wanted.patches.tolist() == [[2, -1, -1, -1]]
+    assert wanted.patches.tolist() == [[2, -100, 3, 3]]
     torch.testing.assert_close(wanted.shares, torch.tensor([[4.0, 8.0, 16.0]]) / 28)
     torch.testing.assert_close(wanted.attention, torch.tensor([[16.0, 8.0, 4.0, 0.0]]) / 28)
 
 
-def test_a_picture_without_objects_costs_nothing():
+def test_a_picture_without_objects_has_only_background():
     wanted = targets(torch.full((2, 8, 8), -1), 4, 3)
-    assert (wanted.patches == -1).all()
+    assert (wanted.patches == 3).all()
     head = FormulaHead(16, torch.tensor([0, 1, 2]))
-    figures = formula_loss(head, torch.randn(2, 16), torch.randn(2, 4, 16), torch.full((2, 4), 0.25), wanted)
-    assert figures["loss"] == 0
+    figures = formula_loss(head, torch.randn(2, 5, 16), torch.full((2, 4), 0.25), wanted)
+    for name in ("loss_class", "loss_operator", "loss_attention"):
+        assert figures[name] == 0
+    assert figures["loss_patch"] > 0
 
 
-def test_only_patches_on_objects_are_named_and_their_labels_can_be_left_out():
+def test_patches_can_be_left_untrained():
     owner = torch.full((1, 8, 8), -1)
     owner[0, :4] = 0
-    head, token = FormulaHead(16, torch.tensor([0, 1])), torch.randn(1, 16, requires_grad=True)
-    alone = torch.randn(1, 4, 16, requires_grad=True)
-    for weight in (0.0, 1.0):
-        figures = formula_loss(head, token, alone, torch.full((1, 4), 0.25), targets(owner, 4, 2), weight)
-        of_token, of_patches = torch.autograd.grad(figures["loss"], (token, alone))
-        assert of_token.abs().max() > 0
-        assert of_patches[0, 2:].abs().max() == 0
-        assert bool((of_patches[0, :2].abs().amax(-1) > 0).all()) == (weight > 0)
+    head, tokens = FormulaHead(16, torch.tensor([0, 1])), torch.randn(1, 5, 16, requires_grad=True)
+    for weight, trained in ((0.0, False), (1.0, True)):
+        figures = formula_loss(head, tokens, torch.full((1, 4), 0.25), targets(owner, 4, 2), patch_weight=weight)
+        (gradient,) = torch.autograd.grad(figures["loss"], tokens)
+        assert gradient[:, 0].abs().max() > 0
+        assert bool(gradient[:, 1:].abs().max() > 0) == trained
+
+
+def test_names_come_first():
+    owner = torch.full((1, 8, 8), -1)
+    owner[0, :4] = 0
+    wanted = targets(owner, 4, 2)
+    head, attention = FormulaHead(16, torch.tensor([0, 1])), torch.full((1, 4), 0.25, requires_grad=True)
+    tokens = torch.randn(1, 5, 16)
+    formula_loss(head, tokens, attention, wanted, names_only=True)["loss"].backward()
+    assert attention.grad is None or attention.grad.abs().max() == 0
+    assert head.background.weight.grad.abs().max() > 0
+    head.zero_grad()
+    formula_loss(head, tokens, attention, wanted)["loss"].backward()
+    assert attention.grad.abs().max() > 0
+    assert head.background.weight.grad is None or head.background.weight.grad.abs().max() == 0
 
 
 def test_attention_costs_least_on_the_objects():
     owner = torch.full((1, 8, 8), -1)
     owner[0, :4] = 0
-    head, token, alone = FormulaHead(16, torch.tensor([0, 1])), torch.randn(1, 16), torch.randn(1, 4, 16)
+    head, tokens = FormulaHead(16, torch.tensor([0, 1])), torch.randn(1, 5, 16)
     wanted = targets(owner, 4, 2)
     maps = [[0.5, 0.5, 0, 0], [0.25, 0.25, 0.25, 0.25], [1, 0, 0, 0], [0, 0, 0.5, 0.5]]
-    costs = [formula_loss(head, token, alone, torch.tensor([m]), wanted)["loss_attention"].item() for m in maps]
+    costs = [formula_loss(head, tokens, torch.tensor([m]), wanted)["loss_attention"].item() for m in maps]
     assert costs[0] == pytest.approx(math.log(2), abs=1e-4)
     assert costs == sorted(costs[:2]) + costs[2:]
     assert costs[0] < costs[1] < costs[2] < costs[3]
@@ -245,40 +258,6 @@ def test_conv_stem_has_the_grid_of_a_patch_embedding(patch):
     assert stem.grid_size == (64 // patch, 64 // patch)
     with pytest.raises(ValueError, match="patch_size=6"):
         ConvStem(64, 6, 3, 32)
-
-
-def test_the_class_token_meets_the_patches_in_the_last_block_only():
-    torch.manual_seed(0)
-    vit = build_backbone("shapes_vit_tiny", 32).eval()
-    images = torch.randn(2, 3, 32, 48)
-    with torch.no_grad():
-        x = vit._pos_embed(vit.patch_embed(images))
-        patches = x[:, 1:]
-        for block in vit.blocks[:-1]:
-            other = torch.cat([torch.randn_like(x[:, :1]), x[:, 1:]], dim=1)
-            x = block(x)
-            # The class token comes out as it went in, and no patch sees which one it was.
-            torch.testing.assert_close(x[:, 1:], block(other)[:, 1:])
-            torch.testing.assert_close(x[:, 0], (vit.cls_token + vit.pos_embed[:, :1])[:, 0].expand(2, -1))
-        assert not torch.allclose(x[:, 1:], patches)
-        assert not torch.allclose(vit.blocks[-1](x)[0, 0], vit.blocks[-1](x)[1, 0])
-    with pytest.raises(ValueError, match="num_prefix_tokens=3"):
-        LateClassViT(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, reg_tokens=2)
-
-
-def test_class_token_of_one_patch_is_what_attending_to_it_alone_gives():
-    torch.manual_seed(0)
-    vit = build_backbone("shapes_vit_tiny", 32).eval()
-    encoder = Encoder(vit)
-    images = torch.randn(2, 3, 32, 48)
-    with torch.no_grad():
-        alone = last_block(vit, images)[2]
-        attended = encoder.features(images)
-        for patch in (0, 23):
-            one = torch.zeros_like(attended.attention)
-            one[..., 1 + patch] = 1
-            context = (one.unsqueeze(2) @ attended.values).flatten(1)
-            torch.testing.assert_close(alone[:, patch], encoder.class_token(attended, context))
 
 
 def test_mean_iou_and_patch_labels_by_hand():
@@ -392,13 +371,14 @@ def test_bad_arguments_are_named(arguments, message, tmp_path, capsys):
 def test_shipped_weights_are_small_and_better_than_none():
     from safetensors.torch import load_file
 
-    _, path = shapes_vit_tiny()
+    arguments, path = shapes_vit_tiny()
     assert path.stat().st_size < 8e6
     torch.manual_seed(0)
     vit = build_backbone("shapes_vit_tiny", 64)
     untrained = measure(vit, **MEASURE)
     vit.load_state_dict(load_file(path))
     shipped = measure(vit, **MEASURE)
+    assert arguments["embed_dim"] == vit.embed_dim
     assert shipped.probe_miou > untrained.probe_miou + 15
     assert shipped.patch_kmeans_miou > untrained.patch_kmeans_miou + 5
     assert shipped.crop_accuracy > untrained.crop_accuracy + 15
