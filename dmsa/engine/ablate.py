@@ -2,8 +2,9 @@
 
 Every row is trained with the same data, budget and seeds. The result is a markdown table (mean and standard deviation
 over the seeds, and the epoch at which a run comes within a point of its best score: the paper claims far fewer
-epochs with PAR), the scores of every epoch as CSV, and the curves as a picture. The same runs, beside the baselines
-that need no training, make the table of scores. A run that was stopped goes on; a finished one is read, not repeated.
+epochs with PAR), the scores of every epoch as CSV, and the curves as a picture. With ``--scores`` some of these runs,
+beside the baselines that need no training, make the table of scores instead. A run that was stopped goes on; a
+finished one is read, not repeated.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ NEAR_BEST = 1.0
 
 @dataclasses.dataclass(frozen=True)
 class AblateConfig:
-    """Run the paper's ablation and the table of scores on the embedded set."""
+    """Run the paper's ablation, or make the table of scores, on the embedded set."""
 
     preset: str = "shapes"
     """Preset by name, or YAML file."""
@@ -53,6 +54,8 @@ class AblateConfig:
     """Training images; the preset's number if unset."""
     val_images: int | None = None
     """Validation images; the preset's number if unset."""
+    scores: bool = False
+    """Instead of the ablation, make the table of scores: the baselines, TransFGU, DMSA and dmsa_plus."""
 
 
 def switch(config: Config, aspp: bool, par: bool, seg: bool) -> Config:
@@ -169,10 +172,10 @@ def _write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]])
 
 
 def ablate(options: AblateConfig) -> list[str]:
-    """Train all rows with all seeds; write ``ablation_shapes.{md,csv,png}`` and ``shapes_scores.{md,csv}``.
+    """Train the rows with all seeds; write ``ablation_shapes.{md,csv,png}``, or ``shapes_scores.{md,csv}``.
 
     Returns:
-        Both tables as markdown.
+        The markdown.
 
     Raises:
         ValueError: No seeds, or a preset of another data set without the labels that scores need.
@@ -186,11 +189,12 @@ def ablate(options: AblateConfig) -> list[str]:
     data = {name: value for name in ("train_images", "val_images") if (value := getattr(options, name)) is not None}
     base = dataclasses.replace(base, data=dataclasses.replace(base.data, **data))
     training = dataclasses.replace(base.train, baselines=False, epochs=options.epochs or base.train.epochs)
-    curves: dict[str, list[list[dict[str, Any]]]] = {name: [] for name in ROWS}
+    wanted_rows = (TRANSFGU, DMSA, PLUS) if options.scores else tuple(ROWS)
+    curves: dict[str, list[list[dict[str, Any]]]] = {name: [] for name in wanted_rows}
     scored: list[list[dict[str, Any]]] = []
     for number, seed in enumerate(options.seeds):
-        for name, parts in ROWS.items():
-            on = [part for part, wanted in zip(("aspp", "par", "seg"), parts, strict=True) if wanted]
+        for name in wanted_rows:
+            on = [part for part, wanted in zip(("aspp", "par", "seg"), ROWS[name], strict=True) if wanted]
             folder = Path(options.out) / f"{PLUS if name == PLUS else '-'.join(on) or 'baseline'}-{seed}"
             config = dataclasses.replace(
                 row_config(base, name), out=str(folder), train=dataclasses.replace(training, seed=seed)
@@ -199,13 +203,15 @@ def ablate(options: AblateConfig) -> list[str]:
             if not scores:
                 raise ValueError(f"preset={options.preset!r}: its validation images have no labels, nothing to compare")
             curves[name].append(scores)
-            if name == DMSA:
+            if options.scores and name == DMSA:
                 untrained = baseline_rows(config)
-        scored.append([*untrained, *trained_rows(curves, number)])
+        if options.scores:
+            scored.append([*untrained, *trained_rows(curves, number)])
     results = Path(options.results)
     results.mkdir(parents=True, exist_ok=True)
     config = dataclasses.replace(base, train=training)
-    words = ["dmsa ablate", f"--preset {options.preset}", f"--seeds {' '.join(map(str, options.seeds))}"]
+    words = ["dmsa ablate", *(["--scores"] if options.scores else []), f"--preset {options.preset}"]
+    words += [f"--seeds {' '.join(map(str, options.seeds))}"]
     words += [
         f"--{key.replace('_', '-')} {value}"
         for key in ("epochs", "train_images", "val_images")
@@ -216,13 +222,24 @@ def ablate(options: AblateConfig) -> list[str]:
         "",
         f"Commit {git_commit()}; {platform.machine()}, CPU. {config.train.epochs} epochs of "
         f"{config.data.train_images} images, batch {config.train.batch}; {config.data.val_images} validation images; "
-        f"seeds {', '.join(map(str, options.seeds))} (each draws its own pictures), mean ± standard deviation. Scores "
-        f"in percent, protocol transfgu at {config.data.size} px.",
+        f"{len(options.seeds)} seed(s), each with pictures of its own, mean ± standard deviation. Scores in percent, "
+        f"protocol transfgu at {config.data.size} px.",
         "",
     ]
-    lines = [f"# Ablation on {config.data.name}", "", *conditions, *table(curves)]
-    tail = ["", "![mIoU by epoch](ablation_shapes.png)", ""]
-    (results / "ablation_shapes.md").write_text("\n".join([*lines, *tail]), encoding="utf-8")
+    if options.scores:
+        lines = [f"# Scores on {config.data.name}", "", *conditions, *score_table(scored), ""]
+        (results / "shapes_scores.md").write_text("\n".join(lines), encoding="utf-8")
+        keys = ("miou", "accuracy", "boundary")
+        entries = [
+            [row["method"], seed, *("" if row[key] is None else f"{row[key]:.3f}" for key in keys)]
+            for seed, rows in zip(options.seeds, scored, strict=True)
+            for row in rows
+        ]
+        _write_csv(results / "shapes_scores.csv", ["method", "seed", *keys], entries)
+        return lines
+    lines = [f"# Ablation on {config.data.name}", "", *conditions, *table(curves), ""]
+    lines += ["![mIoU by epoch](ablation_shapes.png)", ""]
+    (results / "ablation_shapes.md").write_text("\n".join(lines), encoding="utf-8")
     entries = [
         [name, seed, entry["epoch"] + 1, f"{entry['miou']:.6f}", f"{entry['accuracy']:.6f}"]
         for name, runs in curves.items()
@@ -231,20 +248,11 @@ def ablate(options: AblateConfig) -> list[str]:
     ]
     _write_csv(results / "ablation_shapes.csv", ["row", "seed", "epoch", "miou", "accuracy"], entries)
     draw(curves, results / "ablation_shapes.png")
-    of_scores = [f"# Scores on {config.data.name}", "", *conditions, *score_table(scored), ""]
-    (results / "shapes_scores.md").write_text("\n".join(of_scores), encoding="utf-8")
-    keys = ("miou", "accuracy", "boundary")
-    entries = [
-        [row["method"], seed, *("" if row[key] is None else f"{row[key]:.3f}" for key in keys)]
-        for seed, rows in zip(options.seeds, scored, strict=True)
-        for row in rows
-    ]
-    _write_csv(results / "shapes_scores.csv", ["method", "seed", *keys], entries)
-    return [*of_scores, *lines]
+    return lines
 
 
 def main(argv: list[str]) -> int:
-    """``dmsa ablate``: parse, run, print the tables."""
+    """``dmsa ablate``: parse, run, print the table."""
     import tyro
 
     options = tyro.cli(AblateConfig, args=argv, prog="dmsa ablate", description=AblateConfig.__doc__)

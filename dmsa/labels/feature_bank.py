@@ -165,9 +165,7 @@ def build_feature_bank(
     missing = [part for part in mine if folder is None or not _part_path(folder, part).is_file()]
     squashed = _squashed(dataset, [index for part in missing for index in parts[part]], config)
     for part in missing:
-        arrays = _extract(
-            encoder, squashed, parts[part], boxes, _crop(config), dataset.things_only, batch, image_batch
-        )
+        arrays = _extract(encoder, squashed, parts[part], boxes, _crop(config), dataset.things_only, batch, image_batch)
         if folder is None:
             made[part] = arrays
         else:
@@ -216,7 +214,9 @@ def _plan(encoder: Encoder, dataset: Any, config: Config) -> tuple[list[tuple[in
     if config.data.size % encoder.patch_size:
         raise ValueError(f"{config.data.size=} is not a multiple of the encoder's patch size {encoder.patch_size}")
     if _crop(config) % encoder.patch_size:
-        raise ValueError(f"{config.labels.bank_crop=} is not a multiple of the encoder's patch size {encoder.patch_size}")
+        raise ValueError(
+            f"{config.labels.bank_crop=} is not a multiple of the encoder's patch size {encoder.patch_size}"
+        )
     side = 2 * config.data.size // encoder.patch_size
     return windows((side, side), config.labels.bank_scales), _thin(image_count(dataset), config.labels.bank_images)
 

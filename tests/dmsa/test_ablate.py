@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 
 import pytest
 
@@ -22,8 +23,6 @@ from dmsa.engine.ablate import (
 
 
 def test_switches_are_the_methods():
-    import dataclasses
-
     base = load_preset("shapes")
     assert switch(base, True, True, True) == base
     baseline = resolve_method(dataclasses.replace(base, method="transfgu"))
@@ -77,6 +76,9 @@ def test_every_row_and_seed_is_trained_and_written(monkeypatch, tmp_path):
     assert {row for row in best if best[row] == max(best.values())} == {"DMSA (+ ASPP + PAR + seg)", PLUS}
     assert (tmp_path / "results/ablation_shapes.png").stat().st_size > 1000
     assert "50.00 ± 0.00" in (tmp_path / "results/ablation_shapes.md").read_text()
+    ablate(dataclasses.replace(options, scores=True))
+    assert len(seen) == 2 * len(ROWS) + 2 * 3
+    assert {config.out for config in seen[-6:]} < {config.out for config in seen[:-6]}
     written = (tmp_path / "results/shapes_scores.md").read_text()
     assert "| clusters | 12.0 ± 2.8 | 40.0 ± 0.0 | 9.0 ± 0.0 |" in written
     assert "| TransFGU, best epoch | 20.0 ± 0.0 | 50.0 ± 0.0 |  |" in written

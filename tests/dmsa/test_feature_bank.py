@@ -146,10 +146,23 @@ def test_key_depends_on_weights_data_and_configuration(tmp_path):
     assert folders() == 1
     build_feature_bank(encoder, Pictures(3), CONFIG, tmp_path)
     build_feature_bank(encoder, Pictures(2), replace(CONFIG, labels=LabelConfig(bank_scales=(0.5,))), tmp_path)
+    smaller = replace(CONFIG.labels, bank_crop=24)
+    build_feature_bank(encoder, Pictures(2), replace(CONFIG, labels=smaller), tmp_path)
     with torch.no_grad():
         encoder.vit.norm.bias.add_(1)
     build_feature_bank(encoder, Pictures(2), CONFIG, tmp_path)
-    assert folders() == 4
+    assert folders() == 5
+
+
+def test_crops_have_a_size_of_their_own(monkeypatch):
+    encoder, sides = tiny_encoder(), []
+    monkeypatch.setattr(feature_bank, "class_tokens", lambda e, crops: sides.append(crops.shape[2:]) or e(crops)[1])
+    for crop, side in ((None, 48), (24, 24)):
+        sides.clear()
+        build_feature_bank(encoder, Pictures(2), replace(CONFIG, labels=replace(CONFIG.labels, bank_crop=crop)))
+        assert {tuple(shape) for shape in sides} == {(side, side)}
+    with pytest.raises(ValueError, match=r"bank_crop=20 is not a multiple"):
+        build_feature_bank(encoder, Pictures(2), replace(CONFIG, labels=replace(CONFIG.labels, bank_crop=20)))
 
 
 def test_damaged_images_are_skipped_by_name():
