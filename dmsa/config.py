@@ -97,6 +97,8 @@ class LabelConfig:
     """Iterations of PAR."""
     label_grid: Literal["tokens", "pixels"] = "tokens"
     """Resolution at which the pseudo label is compared with the prediction."""
+    bank: Literal["crops", "patches"] = "crops"
+    """What is clustered into classes: class tokens of the feature bank's windows, or patch tokens of whole images."""
     bank_scales: tuple[float, ...] = (0.5, 0.4, 0.3, 0.2)
     """Window sides of the feature bank, as fractions of the image."""
     bank_crop: int | None = None
@@ -299,9 +301,9 @@ def resolve_method(config: Config) -> Config:
     """Return `config` with the switches that `config.method` stands for.
 
     `transfgu` is the baseline row of the paper's tables: no pyramid, no PAR, no segmentation loss. `dmsa_plus` scales
-    the rates to the grid, and on `shapes`, where that was measured to help (docs/shapes.md), takes the attended feature
-    map and compares labels and predictions at the pixels of the refinement. Whatever else differs from the paper is the
-    user's choice; `deviations` lists all of it.
+    the rates to the grid, and on `shapes`, where that was measured to help (docs/shapes.md), clusters patch tokens,
+    takes the attended feature map and compares labels and predictions at the pixels of the refinement. Whatever else
+    differs from the paper is the user's choice; `deviations` lists all of it.
     """
     if config.method == "transfgu":
         return dataclasses.replace(
@@ -314,7 +316,11 @@ def resolve_method(config: Config) -> Config:
         config = dataclasses.replace(config, rates=dataclasses.replace(config.rates, grid_aware=True))
         if config.data.name == "shapes":
             labels = dataclasses.replace(
-                config.labels, cam="attended_feature", label_grid="pixels", background_threshold=0.4
+                config.labels,
+                cam="attended_feature",
+                bank="patches",
+                label_grid="pixels",
+                background_threshold=0.4,
             )
             config = dataclasses.replace(config, labels=labels)
     return config
@@ -335,6 +341,7 @@ PAPER_SETTING = {
     "labels.par_dilations": [1, 2, 4, 8, 12, 24],
     "labels.par_iterations": 10,
     "labels.label_grid": "tokens",
+    "labels.bank": "crops",
     "labels.bank_crop": None,
     "labels.background_threshold": 0.1,
     "losses.seg": 0.1,
