@@ -73,7 +73,24 @@ def feature_cam(encoder: Encoder | nn.Module, images: Tensor | Attended, centroi
         return (directions @ patches.transpose(1, 2)).relu().unflatten(-1, attended.grid)
 
 
-CAMS = {"attention_grad": attention_gradient_cam, "feature": feature_cam}
+def attended_feature_cam(encoder: Encoder | nn.Module, images: Tensor | Attended, centroids: Tensor) -> Tensor:
+    """`feature_cam` times the class-token attention, A / max A (mean over heads); not in the paper (`dmsa_plus`).
+
+    The cosine names the classes, the attention tells objects from background.
+
+    Args and returns as `attention_gradient_cam`; values from 0 to 1.
+    """
+    encoder, attended = _shared(encoder, images, centroids, output=True)
+    attention = attended.attention[..., encoder.num_prefix_tokens :].mean(1)  # [B, N]
+    attention = attention / attention.amax(-1, keepdim=True).clamp(min=torch.finfo(attention.dtype).tiny)
+    return feature_cam(encoder, attended, centroids) * attention.unflatten(-1, attended.grid)[:, None]
+
+
+CAMS = {
+    "attention_grad": attention_gradient_cam,
+    "feature": feature_cam,
+    "attended_feature": attended_feature_cam,
+}
 """The maps by the name of their configuration switch, `labels.cam`."""
 
 

@@ -30,6 +30,8 @@ BACKGROUND_SHARE = 0.8
 """A window with more background than this is a background crop."""
 CPU_TOKENS = 2048
 """Patch tokens of a forward pass on a CPU."""
+PATCHES = 64
+"""Patch tokens of one image and kind in a bank of patches."""
 PART = 256
 """Images per file of the cache."""
 VERSION = 1
@@ -136,12 +138,15 @@ def build_feature_bank(
 
     Every image is squashed to twice the training size. Windows at `config.labels.bank_scales`, with a stride of half
     a window, are foreground crops where more than 50 % of them is foreground, background crops where more than 80 %
-    is background. Each crop is resized to the training size; crops of different images share a batch.
+    is background. Each crop is resized to the training size (or to `labels.bank_crop`); crops of different images share
+    a batch. With `labels.bank=patches` (not in the paper) the bank holds patch tokens instead: of the images at the
+    training size, those with more than the mean attention, `PATCHES` an image at most, of unit length.
 
     Args:
         encoder: on the device where it is to run.
         dataset: offers `raw(index)`, `things_only`, and its identity (`name`, `classes`, `images`).
-        config: reads `data.size`, `data.workers`, `labels.bank_scales`, `labels.bank_images`.
+        config: reads `data.size`, `data.workers`, `labels.bank_scales`, `labels.bank_crop`,
+            `labels.bank_images`.
         cache_dir: keeps finished parts there, under a key of encoder weights, data set and the fields above; a second
             call reads them. Nothing is kept if unset.
         batch: crops per forward pass; if unset 128, on a CPU as many as make 2,048 tokens (see `batch_for`).
@@ -156,7 +161,7 @@ def build_feature_bank(
         ValueError: a scale is out of range, or the squashed image is no multiple of the patch size.
     """
     boxes, indices = _plan(encoder, dataset, config)
-    batch = batch or batch_for(encoder, config.data.size, 128)
+    batch = batch or batch_for(encoder, _crop(config), 128)
     image_batch = image_batch or batch_for(encoder, 2 * config.data.size, 8)
     provenance = bank_identity(encoder, dataset, config)
     folder = None if cache_dir is None else Path(cache_dir) / f"bank-{content_key(**provenance)}"
@@ -168,9 +173,12 @@ def build_feature_bank(
     missing = [part for part in mine if folder is None or not _part_path(folder, part).is_file()]
     squashed = _squashed(dataset, [index for part in missing for index in parts[part]], config)
     for part in missing:
-        arrays = _extract(
-            encoder, squashed, parts[part], boxes, config.data.size, dataset.things_only, batch, image_batch
-        )
+        if config.labels.bank == "patches":
+            arrays = _extract_patches(encoder, squashed, parts[part], dataset.things_only, image_batch)
+        else:
+            arrays = _extract(
+                encoder, squashed, parts[part], boxes, _crop(config), dataset.things_only, batch, image_batch
+            )
         if folder is None:
             made[part] = arrays
         else:
@@ -216,13 +224,24 @@ def bank_identity(encoder: Encoder, dataset: Any, config: Config) -> dict[str, A
         "images": len(indices),
         "size": config.data.size,
         "scales": list(config.labels.bank_scales),
+        "crop": _crop(config),
+        "tokens": config.labels.bank,
     }
+
+
+def _crop(config: Config) -> int:
+    """Return the side of a resized crop."""
+    return config.data.size if config.labels.bank_crop is None else config.labels.bank_crop
 
 
 def _plan(encoder: Encoder, dataset: Any, config: Config) -> tuple[list[tuple[int, int, int]], list[int]]:
     """Return the windows of an image and the images, after checking that they make sense."""
     if config.data.size % encoder.patch_size:
         raise ValueError(f"{config.data.size=} is not a multiple of the encoder's patch size {encoder.patch_size}")
+    if _crop(config) % encoder.patch_size:
+        raise ValueError(
+            f"{config.labels.bank_crop=} is not a multiple of the encoder's patch size {encoder.patch_size}"
+        )
     side = 2 * config.data.size // encoder.patch_size
     return windows((side, side), config.labels.bank_scales), _thin(image_count(dataset), config.labels.bank_images)
 
@@ -250,9 +269,55 @@ class SquashedImages(torch.utils.data.Dataset):
 
 def _squashed(dataset: Any, indices: Sequence[int], config: Config) -> Iterator[Tensor | str]:
     workers = config.data.workers if len(indices) >= PART else 0  # starting workers costs more than few images do
-    return iter(
-        DataLoader(SquashedImages(dataset, indices, 2 * config.data.size), batch_size=None, num_workers=workers)
-    )
+    side = config.data.size * (1 if config.labels.bank == "patches" else 2)
+    return iter(DataLoader(SquashedImages(dataset, indices, side), batch_size=None, num_workers=workers))
+
+
+def _load(
+    encoder: Encoder, squashed: Iterator[Tensor | str], indices: Sequence[int], image_batch: int, skipped: list[str]
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Yield numbers and normalised images, on the encoder's device, of a few images at a time."""
+    from dmsa.data.transforms import MEAN, STD
+
+    device = next(encoder.parameters()).device
+    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (MEAN, STD))
+    for start in range(0, len(indices), image_batch):
+        loaded = [(index, next(squashed)) for index in indices[start : start + image_batch]]
+        skipped += [item for _, item in loaded if isinstance(item, str)]
+        loaded = [(index, item) for index, item in loaded if not isinstance(item, str)]
+        if loaded:
+            images = torch.stack([item for _, item in loaded]).to(device).float().div_(255).sub_(mean).div_(std)
+            yield [index for index, _ in loaded], images
+
+
+@torch.no_grad()
+def _extract_patches(
+    encoder: Encoder, squashed: Iterator[Tensor | str], indices: Sequence[int], things_only: bool, image_batch: int
+) -> dict[str, np.ndarray]:
+    """Run one part: final patch tokens of unit length, `PATCHES` an image at most, evenly spread."""
+    tokens: dict[bool, list[np.ndarray]] = {True: [], False: []}
+    sources: dict[bool, list[np.ndarray]] = {True: [], False: []}
+    skipped: list[str] = []
+    for numbers, images in _load(encoder, squashed, indices, image_batch, skipped):
+        attended = encoder.features(images)
+        row = attended.attention[..., encoder.num_prefix_tokens :].mean(1)  # [B, N]
+        is_foreground = row > row.mean(-1, keepdim=True)
+        patches = F.normalize(encoder.tail(attended, attended.grid)[0].float(), dim=-1)  # [B, N, D]
+        for number, own, mask in zip(numbers, patches, is_foreground, strict=True):
+            for kind in (True,) if things_only else (True, False):
+                found = own[mask == kind]
+                found = found[_thin(len(found), PATCHES)] if len(found) else found
+                tokens[kind].append(found.cpu().numpy())
+                sources[kind].append(np.full(len(found), number, dtype=np.int64))
+    empty = [np.zeros((0, encoder.embed_dim), np.float32)]
+    nowhere = [np.zeros(0, np.int64)]
+    return {
+        "foreground": np.concatenate(tokens[True] or empty),
+        "background": np.concatenate(tokens[False] or empty),
+        "foreground_image": np.concatenate(sources[True] or nowhere),
+        "background_image": np.concatenate(sources[False] or nowhere),
+        "skipped": np.array(skipped, dtype=np.str_),
+    }
 
 
 def _extract(
@@ -266,10 +331,6 @@ def _extract(
     image_batch: int,
 ) -> dict[str, np.ndarray]:
     """Run one part; crops wait until a batch is full, whichever images they come from."""
-    from dmsa.data.transforms import MEAN, STD
-
-    device = next(encoder.parameters()).device
-    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (MEAN, STD))
     pixels = torch.tensor(
         [(t * encoder.patch_size, x * encoder.patch_size, s * encoder.patch_size) for t, x, s in boxes]
     )
@@ -287,15 +348,9 @@ def _extract(
         waiting[:] = [crops[ready:]] if ready < len(crops) else []
         features.extend(class_tokens(encoder, part).cpu() for part in crops[:ready].split(batch))
 
-    for start in range(0, len(indices), image_batch):
-        loaded = [(index, next(squashed)) for index in indices[start : start + image_batch]]
-        skipped += [item for _, item in loaded if isinstance(item, str)]
-        loaded = [(index, item) for index, item in loaded if not isinstance(item, str)]
-        if not loaded:
-            continue
-        images = torch.stack([item for _, item in loaded]).to(device).float().div_(255).sub_(mean).div_(std)
+    for numbers, images in _load(encoder, squashed, indices, image_batch, skipped):
         shares = window_shares(foreground_of(encoder, images), boxes).cpu()  # [B, W]
-        for image, (index, _), share in zip(images, loaded, shares, strict=True):
+        for image, index, share in zip(images, numbers, shares, strict=True):
             is_foreground = share > FOREGROUND_SHARE
             is_background = (1 - share > BACKGROUND_SHARE) & (not things_only)
             chosen = (is_foreground | is_background).nonzero().flatten()

@@ -10,7 +10,15 @@ import torch
 
 from dmsa import data
 from dmsa.config import load_preset
-from dmsa.engine.baselines import BoundaryScore, boundaries, cam_labels, cluster_patches, score_labels, untrained_rows
+from dmsa.engine.baselines import (
+    BoundaryScore,
+    boundaries,
+    cam_labels,
+    cluster_patches,
+    patch_features,
+    score_labels,
+    untrained_rows,
+)
 from dmsa.models.encoder import build_encoder
 
 
@@ -98,3 +106,25 @@ def test_cam_labels_leave_the_generator_and_the_grid_alone(setting):
     assert labels.shape == (6, 64, 64)
     assert labels.min() >= 0
     assert labels.max() <= 6
+
+
+def test_dmsa_plus_starts_from_better_labels_than_the_clusterings():
+    from dmsa.config import resolve_method
+    from dmsa.labels.clustering import cluster
+    from dmsa.labels.feature_bank import build_feature_bank
+
+    preset = load_preset("shapes")
+    config = dataclasses.replace(
+        preset, data=dataclasses.replace(preset.data, train_images=48, val_images=24, workers=0)
+    )
+    encoder = build_encoder("shapes_vit_tiny")
+    train, val = (data.build(config.data, split, 5) for split in ("train", "val"))
+    best = {}
+    for method in ("dmsa", "dmsa_plus"):
+        resolved = resolve_method(dataclasses.replace(config, method=method))
+        centroids = cluster(build_feature_bank(encoder, train, resolved), 6, 0).vectors
+        labels = cam_labels(val, encoder, centroids, resolved, "on")
+        best[method] = score_labels(val, labels, 7)[0].miou
+    clusters = cluster_patches(patch_features(val, encoder), 7, 96, seed=0)
+    assert best["dmsa_plus"] > best["dmsa"] > 0.4
+    assert best["dmsa_plus"] > score_labels(val, clusters, 7)[0].miou

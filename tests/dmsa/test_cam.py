@@ -9,7 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dmsa.labels.cam import attention_gradient_cam, carries_mass, class_attention_gradient, feature_cam
+from dmsa.labels.cam import (
+    CAMS,
+    attended_feature_cam,
+    attention_gradient_cam,
+    carries_mass,
+    class_attention_gradient,
+    feature_cam,
+)
 from dmsa.models.encoder import Encoder
 from tests.dmsa.test_encoder import GOLDEN, KINDS
 from tests.dmsa.tiny import tiny_encoder, tiny_vit
@@ -93,7 +100,7 @@ def test_closed_form_equals_the_autograd_loop(kind):
 def test_shared_features_give_the_same_maps():
     encoder, images, centroids = tiny_encoder(), torch.randn(2, 3, 48, 48), torch.randn(4, 48)
     shared = encoder.features(images)
-    for cam in (attention_gradient_cam, feature_cam):
+    for cam in CAMS.values():
         torch.testing.assert_close(cam(encoder, shared, centroids), cam(encoder, images, centroids))
 
 
@@ -102,6 +109,16 @@ def test_feature_cam_is_the_rectified_cosine():
     patches, _ = encoder(images)
     expected = F.cosine_similarity(patches[:, None], centroids[None, :, None], dim=-1).relu()
     torch.testing.assert_close(feature_cam(encoder, images, centroids).flatten(2), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_attended_feature_cam_is_the_feature_map_where_the_class_token_looks(kind):
+    encoder, images, centroids = Encoder(tiny_vit(**KINDS[kind])), torch.randn(2, 3, 40, 56), torch.randn(5, 48)
+    attention = encoder.features(images).attention[..., encoder.num_prefix_tokens :].mean(1)  # [B, N]
+    share = (attention / attention.amax(1, keepdim=True)).reshape(2, 1, 5, 7)
+    maps = attended_feature_cam(encoder, images, centroids)
+    torch.testing.assert_close(maps, feature_cam(encoder, images, centroids) * share)
+    assert 0 < maps.max() <= 1
 
 
 @pytest.mark.parametrize("mode", ["no_grad", "inference_mode", "autocast"])

@@ -157,7 +157,9 @@ def test_values_out_of_range(arguments, words):
 def test_methods_are_switches():
     transfgu = parse(["--method", "transfgu"])
     assert (transfgu.model.aspp, transfgu.labels.par, transfgu.losses.seg) == ("off", "off", 0.0)
-    assert parse(["--method", "dmsa_plus"]).rates.grid_aware
+    plus = parse(["--method", "dmsa_plus"])
+    assert (plus.rates.grid_aware, plus.labels.cam, plus.labels.label_grid) == (True, "attended_feature", "pixels")
+    assert (plus.labels.bank, parse([]).labels.bank) == ("patches", "crops")
     assert not parse([]).rates.grid_aware
     assert configuration.resolve_method(transfgu) == transfgu
 
