@@ -125,7 +125,7 @@ def draw(curves: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], path: Path
         axes.fill_between(epochs, values.min(0), values.max(0), color=line.get_color(), alpha=0.15)
     axes.set_xlabel("epoch")
     axes.set_ylabel("mIoU on shapes val, %")
-    axes.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=3)
     axes.grid(alpha=0.3)
     figure.savefig(path, format="png", dpi=120)
 
