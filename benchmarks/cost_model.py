@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import cases
-from benchmarks.harness import RESULTS, Result, number, read_csv
+from benchmarks.harness import RESULTS, Result, number, read_csv, result_files
 
 NOTES = Path(__file__).parent / "NOTES.md"
 BEGIN, END = "<!-- cost model:begin -->", "<!-- cost model:end -->"
@@ -606,7 +606,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true", help="put the page between the markers")
     parser.add_argument("--check", action="store_true", help="write nothing; fail if the page is out of date")
     arguments = parser.parse_args(argv)
-    text = page([(path.stem, read_csv(path)) for path in sorted(arguments.results.glob("*.csv"))])
+    text = page([(path.stem, read_csv(path)) for path in result_files(arguments.results)])
     if not (arguments.write or arguments.check):
         print(text)
         return 0

@@ -783,7 +783,7 @@ def read_csv(path: str | Path) -> list[Result]:
     """
     path = Path(path)
     if not path.is_file():
-        known = ", ".join(sorted(item.name for item in RESULTS.glob("*.csv"))) or "none"
+        known = ", ".join(item.name for item in result_files()) or "none"
         raise FileNotFoundError(f"no results at {path}; committed in {RESULTS.name}/: {known}")
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
@@ -791,6 +791,11 @@ def read_csv(path: str | Path) -> list[Result]:
         if missing:
             raise ValueError(f"{path} is not a result file: columns {', '.join(sorted(missing))} are missing")
         return [_result(line) for line in reader]
+
+
+def result_files(folder: Path = RESULTS) -> list[Path]:
+    """Return the result files of a folder, by name; tables of scores (``*_shapes.csv``, ``shapes_*.csv``) are none."""
+    return [path for path in sorted(folder.glob("*.csv")) if "shapes" not in path.stem.split("_")]
 
 
 def _result(line: dict[str, str]) -> Result:

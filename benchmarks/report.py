@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from benchmarks.harness import RESULTS, Result, human_bytes, number, read_csv
+from benchmarks.harness import RESULTS, Result, human_bytes, number, read_csv, result_files
 
 README = Path(__file__).parent.parent / "README.md"
 FULL = Path(__file__).parent / "README.md"
@@ -46,7 +46,7 @@ SHORT = {
 
 def load(folder: Path = RESULTS) -> list[tuple[str, list[Result]]]:
     """Return the committed results: file stem and rows, in name order."""
-    return [(path.stem, read_csv(path)) for path in sorted(folder.glob("*.csv"))]
+    return [(path.stem, read_csv(path)) for path in result_files(folder)]
 
 
 def rows_of(results: Iterable[Result]) -> list[list[Result]]:

@@ -191,3 +191,14 @@ def test_the_plot_is_drawn_from_the_sweeps(tmp_path):
     assert report.draw([("cpu", points)], tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
     assert not report.draw([("cpu", [make()])], tmp_path / "none.png")
+
+
+def test_the_committed_results_are_read(capsys):
+    """Tables of scores lie in the same folder; neither the report nor the cost model may stumble over them."""
+    from benchmarks import cost_model
+
+    assert harness.result_files(), "no results are committed"
+    assert (harness.RESULTS / "shapes_scores.csv").is_file()
+    assert report.load(harness.RESULTS)
+    cost_model.main([])
+    assert harness.result_files()[0].stem in capsys.readouterr().out
