@@ -20,7 +20,7 @@ from torch import Tensor
 from dmsa_kernels.aspp.layout import Tap, empty_map, in_layout_of, is_channels_last, taps
 
 TILE_ELEMENTS = 1 << 18  # of one thread: the running sum of a tile, 1 MiB of float32, stays in or near its core
-LIBRARY_ELEMENTS = 1 << 19  # of a branch by the library at a time: 2 MiB, far below the allocator's threshold
+LIBRARY_ELEMENTS = 1 << 20  # of a branch by the library at a time: 4 MiB, far below the allocator's threshold
 WIDE_SUM_ELEMENTS = 1 << 16  # below this, sums in float64 cost next to nothing
 
 
