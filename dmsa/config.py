@@ -86,9 +86,9 @@ class RatesConfig:
 class LabelConfig:
     """From the class activation map to the pseudo label."""
 
-    cam: Literal["attention_grad", "feature", "attended_feature"] = "attention_grad"
-    """Gradient of the class-token attention (Eq. 5); cosine of patch features with the centroids; or that times the
-    attention."""
+    cam: Literal["attention_grad", "feature", "single_patch"] = "attention_grad"
+    """Gradient of the class-token attention (Eq. 5); or cosine with the centroids: of patch features, or (times the
+    attention) of the class token that attends to one patch alone."""
     par: Literal["on", "off"] = "on"
     """Refine the fused scores with PAR (Eq. 4)."""
     par_dilations: tuple[int, ...] = (1, 2, 4, 8, 12, 24)
@@ -97,8 +97,6 @@ class LabelConfig:
     """Iterations of PAR."""
     label_grid: Literal["tokens", "pixels"] = "tokens"
     """Resolution at which the pseudo label is compared with the prediction."""
-    bank: Literal["crops", "patches"] = "crops"
-    """What is clustered into classes: class tokens of the feature bank's windows, or patch tokens of whole images."""
     bank_scales: tuple[float, ...] = (0.5, 0.4, 0.3, 0.2)
     """Window sides of the feature bank, as fractions of the image."""
     bank_crop: int | None = None
@@ -301,8 +299,8 @@ def resolve_method(config: Config) -> Config:
     """Return `config` with the switches that `config.method` stands for.
 
     `transfgu` is the baseline row of the paper's tables: no pyramid, no PAR, no segmentation loss. `dmsa_plus` scales
-    the rates to the grid, and on `shapes`, where that was measured to help (docs/shapes.md), clusters patch tokens,
-    takes the attended feature map and compares labels and predictions at the pixels of the refinement. Whatever else
+    the rates to the grid, and on `shapes`, where that was measured to help (docs/shapes.md), takes the map of single
+    patches and compares labels and predictions at the pixels of the refinement. Whatever else
     differs from the paper is the user's choice; `deviations` lists all of it.
     """
     if config.method == "transfgu":
@@ -317,10 +315,9 @@ def resolve_method(config: Config) -> Config:
         if config.data.name == "shapes":
             labels = dataclasses.replace(
                 config.labels,
-                cam="attended_feature",
-                bank="patches",
+                cam="single_patch",
                 label_grid="pixels",
-                background_threshold=0.4,
+                background_threshold=0.5,
             )
             config = dataclasses.replace(config, labels=labels)
     return config
@@ -344,7 +341,6 @@ PAPER_SETTING = {
     "labels.par_dilations": [1, 2, 4, 8, 12, 24],
     "labels.par_iterations": 10,
     "labels.label_grid": "tokens",
-    "labels.bank": "crops",
     "labels.bank_crop": None,
     "labels.background_threshold": 0.1,
     "losses.seg": 0.1,

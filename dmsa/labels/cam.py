@@ -73,23 +73,37 @@ def feature_cam(encoder: Encoder | nn.Module, images: Tensor | Attended, centroi
         return (directions @ patches.transpose(1, 2)).relu().unflatten(-1, attended.grid)
 
 
-def attended_feature_cam(encoder: Encoder | nn.Module, images: Tensor | Attended, centroids: Tensor) -> Tensor:
-    """`feature_cam` times the class-token attention, A / max A (mean over heads); not in the paper (`dmsa_plus`).
+def single_patch_cam(encoder: Encoder | nn.Module, images: Tensor | Attended, centroids: Tensor) -> Tensor:
+    """Map what the class token would be if it attended to one patch alone; not in the paper (`dmsa_plus`).
 
-    The cosine names the classes, the attention tells objects from background.
+    With A the class-token attention row (mean over heads) and t_j the class token that attends to patch j alone:
+
+        map_c[j] = A[j] / max A * ReLU(cos(t_j, c))
+
+    Eq. 5 asks which way an infinitesimal shift of attention to patch j moves the class token. Where the token already
+    points to a centroid nothing moves it closer, and the gradient's sign is chance; going all the way to patch j asks
+    the same question without that saturation, at the price of one MLP per patch.
 
     Args and returns as `attention_gradient_cam`; values from 0 to 1.
     """
-    encoder, attended = _shared(encoder, images, centroids, output=True)
-    attention = attended.attention[..., encoder.num_prefix_tokens :].mean(1)  # [B, N]
-    attention = attention / attention.amax(-1, keepdim=True).clamp(min=torch.finfo(attention.dtype).tiny)
-    return feature_cam(encoder, attended, centroids) * attention.unflatten(-1, attended.grid)[:, None]
+    encoder, attended = _shared(encoder, images, centroids)
+    prefix = encoder.num_prefix_tokens
+    with torch.no_grad():
+        values = attended.values[:, :, prefix:]  # [B, A, N, D/A]
+        context = values.permute(2, 0, 1, 3).flatten(2)  # [N, B, D]
+        token = encoder.class_token(attended, context)  # [N, B, D]
+        token = nn.functional.normalize(token.to(torch.promote_types(token.dtype, torch.float32)), dim=-1)
+        directions = nn.functional.normalize(centroids.to(token), dim=-1)
+        names = (token @ directions.T).relu().permute(1, 2, 0)  # [B, K, N]
+        attention = attended.attention[..., prefix:].mean(1)  # [B, N]
+        attention = attention / attention.amax(-1, keepdim=True).clamp(min=torch.finfo(attention.dtype).tiny)
+        return (attention[:, None] * names).unflatten(-1, attended.grid)
 
 
 CAMS = {
     "attention_grad": attention_gradient_cam,
     "feature": feature_cam,
-    "attended_feature": attended_feature_cam,
+    "single_patch": single_patch_cam,
 }
 """The maps by the name of their configuration switch, `labels.cam`."""
 

@@ -30,8 +30,6 @@ BACKGROUND_SHARE = 0.8
 """A window with more background than this is a background crop."""
 CPU_TOKENS = 2048
 """Patch tokens of a forward pass on a CPU."""
-PATCHES = 64
-"""Patch tokens of one image and kind in a bank of patches."""
 PART = 256
 """Images per file of the cache."""
 VERSION = 1
@@ -139,8 +137,7 @@ def build_feature_bank(
     Every image is squashed to twice the training size. Windows at `config.labels.bank_scales`, with a stride of half
     a window, are foreground crops where more than 50 % of them is foreground, background crops where more than 80 %
     is background. Each crop is resized to the training size (or to `labels.bank_crop`); crops of different images share
-    a batch. With `labels.bank=patches` (not in the paper) the bank holds patch tokens instead: of the images at the
-    training size, those with more than the mean attention, `PATCHES` an image at most, of unit length.
+    a batch.
 
     Args:
         encoder: on the device where it is to run.
@@ -173,12 +170,7 @@ def build_feature_bank(
     missing = [part for part in mine if folder is None or not _part_path(folder, part).is_file()]
     squashed = _squashed(dataset, [index for part in missing for index in parts[part]], config)
     for part in missing:
-        if config.labels.bank == "patches":
-            arrays = _extract_patches(encoder, squashed, parts[part], dataset.things_only, image_batch)
-        else:
-            arrays = _extract(
-                encoder, squashed, parts[part], boxes, _crop(config), dataset.things_only, batch, image_batch
-            )
+        arrays = _extract(encoder, squashed, parts[part], boxes, _crop(config), dataset.things_only, batch, image_batch)
         if folder is None:
             made[part] = arrays
         else:
@@ -225,7 +217,6 @@ def bank_identity(encoder: Encoder, dataset: Any, config: Config) -> dict[str, A
         "size": config.data.size,
         "scales": list(config.labels.bank_scales),
         "crop": _crop(config),
-        "tokens": config.labels.bank,
     }
 
 
@@ -269,55 +260,9 @@ class SquashedImages(torch.utils.data.Dataset):
 
 def _squashed(dataset: Any, indices: Sequence[int], config: Config) -> Iterator[Tensor | str]:
     workers = config.data.workers if len(indices) >= PART else 0  # starting workers costs more than few images do
-    side = config.data.size * (1 if config.labels.bank == "patches" else 2)
-    return iter(DataLoader(SquashedImages(dataset, indices, side), batch_size=None, num_workers=workers))
-
-
-def _load(
-    encoder: Encoder, squashed: Iterator[Tensor | str], indices: Sequence[int], image_batch: int, skipped: list[str]
-) -> Iterator[tuple[list[int], Tensor]]:
-    """Yield numbers and normalised images, on the encoder's device, of a few images at a time."""
-    from dmsa.data.transforms import MEAN, STD
-
-    device = next(encoder.parameters()).device
-    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (MEAN, STD))
-    for start in range(0, len(indices), image_batch):
-        loaded = [(index, next(squashed)) for index in indices[start : start + image_batch]]
-        skipped += [item for _, item in loaded if isinstance(item, str)]
-        loaded = [(index, item) for index, item in loaded if not isinstance(item, str)]
-        if loaded:
-            images = torch.stack([item for _, item in loaded]).to(device).float().div_(255).sub_(mean).div_(std)
-            yield [index for index, _ in loaded], images
-
-
-@torch.no_grad()
-def _extract_patches(
-    encoder: Encoder, squashed: Iterator[Tensor | str], indices: Sequence[int], things_only: bool, image_batch: int
-) -> dict[str, np.ndarray]:
-    """Run one part: final patch tokens of unit length, `PATCHES` an image at most, evenly spread."""
-    tokens: dict[bool, list[np.ndarray]] = {True: [], False: []}
-    sources: dict[bool, list[np.ndarray]] = {True: [], False: []}
-    skipped: list[str] = []
-    for numbers, images in _load(encoder, squashed, indices, image_batch, skipped):
-        attended = encoder.features(images)
-        row = attended.attention[..., encoder.num_prefix_tokens :].mean(1)  # [B, N]
-        is_foreground = row > row.mean(-1, keepdim=True)
-        patches = F.normalize(encoder.tail(attended, attended.grid)[0].float(), dim=-1)  # [B, N, D]
-        for number, own, mask in zip(numbers, patches, is_foreground, strict=True):
-            for kind in (True,) if things_only else (True, False):
-                found = own[mask == kind]
-                found = found[_thin(len(found), PATCHES)] if len(found) else found
-                tokens[kind].append(found.cpu().numpy())
-                sources[kind].append(np.full(len(found), number, dtype=np.int64))
-    empty = [np.zeros((0, encoder.embed_dim), np.float32)]
-    nowhere = [np.zeros(0, np.int64)]
-    return {
-        "foreground": np.concatenate(tokens[True] or empty),
-        "background": np.concatenate(tokens[False] or empty),
-        "foreground_image": np.concatenate(sources[True] or nowhere),
-        "background_image": np.concatenate(sources[False] or nowhere),
-        "skipped": np.array(skipped, dtype=np.str_),
-    }
+    return iter(
+        DataLoader(SquashedImages(dataset, indices, 2 * config.data.size), batch_size=None, num_workers=workers)
+    )
 
 
 def _extract(
@@ -331,6 +276,10 @@ def _extract(
     image_batch: int,
 ) -> dict[str, np.ndarray]:
     """Run one part; crops wait until a batch is full, whichever images they come from."""
+    from dmsa.data.transforms import MEAN, STD
+
+    device = next(encoder.parameters()).device
+    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (MEAN, STD))
     pixels = torch.tensor(
         [(t * encoder.patch_size, x * encoder.patch_size, s * encoder.patch_size) for t, x, s in boxes]
     )
@@ -348,9 +297,15 @@ def _extract(
         waiting[:] = [crops[ready:]] if ready < len(crops) else []
         features.extend(class_tokens(encoder, part).cpu() for part in crops[:ready].split(batch))
 
-    for numbers, images in _load(encoder, squashed, indices, image_batch, skipped):
+    for start in range(0, len(indices), image_batch):
+        loaded = [(index, next(squashed)) for index in indices[start : start + image_batch]]
+        skipped += [item for _, item in loaded if isinstance(item, str)]
+        loaded = [(index, item) for index, item in loaded if not isinstance(item, str)]
+        if not loaded:
+            continue
+        images = torch.stack([item for _, item in loaded]).to(device).float().div_(255).sub_(mean).div_(std)
         shares = window_shares(foreground_of(encoder, images), boxes).cpu()  # [B, W]
-        for image, index, share in zip(images, numbers, shares, strict=True):
+        for image, (index, _), share in zip(images, loaded, shares, strict=True):
             is_foreground = share > FOREGROUND_SHARE
             is_background = (1 - share > BACKGROUND_SHARE) & (not things_only)
             chosen = (is_foreground | is_background).nonzero().flatten()

@@ -295,12 +295,10 @@ def build_encoder(name: str, weights: str | Path | None = None) -> Encoder:
 
 
 def _build_shipped(weights: str | Path | None) -> Encoder:
-    from timm.models.vision_transformer import VisionTransformer
-
     from dmsa.weights import shapes_vit_tiny
 
-    arguments, path = shapes_vit_tiny()
-    encoder = Encoder(VisionTransformer(**{"num_classes": 0, "dynamic_img_size": True, **arguments}))
+    vit, path = shapes_vit_tiny()
+    encoder = Encoder(vit)
     if str(weights) != "random":
         load_weights(encoder, path if weights is None else weights, SHIPPED)
     return encoder

@@ -39,7 +39,7 @@ class PretrainConfig:
     categories: int = 400
     """Number of procedural categories (recipe `formula`)."""
     patch_weight: float = 1.0
-    """Weight of the patches' own labels (recipe `formula`); 0 trains the class token alone, as DINO does."""
+    """Weight of what class tokens with moved attention say (recipe `formula`); 0 trains on whole pictures alone."""
     prototypes: int = 512
     """Number of prototypes of the head (recipe `dino`)."""
     local_crops: int = 4
@@ -68,12 +68,11 @@ def build_backbone(name: str, size: int) -> nn.Module:
             multiple of its patches.
     """
     import timm
-    from timm.models.vision_transformer import VisionTransformer
 
     if name == "shapes_vit_tiny":
         from dmsa.weights import shapes_vit_tiny
 
-        vit = VisionTransformer(**shapes_vit_tiny()[0])
+        vit = shapes_vit_tiny()[0]
     elif timm.is_model(name) and name.startswith(("vit_", "deit", "test_vit")):
         vit = timm.create_model(name, pretrained=False, num_classes=0, dynamic_img_size=True, img_size=size)
     else:
@@ -100,8 +99,16 @@ def save_encoder(vit: nn.Module, path: Path) -> None:
 
 
 def _formula(config: PretrainConfig, vit: nn.Module):
-    from dmsa.pretrain.formula import NAMES_FIRST, FormulaHead, draw_batch, draw_categories, formula_loss, targets
-    from dmsa.pretrain.quality import normalise, tokens_and_attention
+    from dmsa.pretrain.formula import (
+        NAMES_FIRST,
+        FormulaHead,
+        class_tokens,
+        draw_batch,
+        draw_categories,
+        formula_loss,
+        targets,
+    )
+    from dmsa.pretrain.quality import normalise
 
     categories = draw_categories(config.categories, config.seed)
     head = FormulaHead(vit.embed_dim, categories.operator)
@@ -113,14 +120,12 @@ def _formula(config: PretrainConfig, vit: nn.Module):
         size = sizes[int(torch.randint(len(sizes), (1,), generator=generator))]
         batch = max(1, config.batch * config.size**2 // size**2)  # the same number of pixels in every step
         images, owner = draw_batch(categories, batch, size, generator)
-        with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
-            tokens, attention = tokens_and_attention(vit, normalise(images))
-        tokens = torch.cat([tokens[:, :1], tokens[:, vit.num_prefix_tokens :]], dim=1).float()
-        wanted = targets(owner, patch, config.categories)
         names_only = step < NAMES_FIRST * config.steps
-        return formula_loss(
-            head, tokens, attention.float(), wanted, names_only=names_only, patch_weight=config.patch_weight
-        )
+        shift = None if names_only else torch.rand(batch, (size // patch) ** 2, generator=generator)
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
+            token, moved, attention = class_tokens(vit, normalise(images), shift)
+        wanted = targets(owner, patch, config.categories)
+        return formula_loss(head, token.float(), moved.float(), attention, wanted, shift, config.patch_weight)
 
     return nn.ModuleDict({"vit": vit, "head": head}), loss_of_step, lambda step: None
 

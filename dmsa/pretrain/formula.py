@@ -3,10 +3,11 @@
 As in FractalDB (Kataoka et al. 2020) and Visual Atoms (Takashima et al. 2023) a network learns to tell categories
 that a formula makes up. Here a category is a texture (an operator on oblique gratings) inside a smooth, star-convex
 outline; every instance has its own angle, scale, phase, place and two colours. Pictures hold several instances on a
-cluttered background. Labels are free, and serve what DMSA takes from a backbone: the class token names the
-categories in the proportion of their visible areas, its attention in the last block covers the objects (DINO's does
-by itself after long training on photographs), and the patches name their category, or the background, by the same
-cosine classifier.
+cluttered background. Labels are free, and serve what DMSA takes from a backbone: a class token that names what it
+attends to, and attention in the last block that covers the objects (DINO's does so by itself after long training on
+photographs). The gradient of Eq. 5 asks what the class token would say if more of its attention went to one patch;
+that is what is trained here, with attention that moves to one patch by any share from 0 to 1. Patch tokens are never
+labelled.
 
 None of the textures and outlines of the data set ``shapes`` can be drawn: its gratings stand at right angles, while
 those of a category stand at 20 to 65 degrees (`ANGLE`); a single grating is no operator here; its outlines are discs
@@ -237,7 +238,7 @@ def targets(owner: Tensor, patch: int, categories: int) -> Targets:
 
 
 class FormulaHead(nn.Module):
-    """One cosine classifier for class token and patches, and an easier auxiliary task.
+    """One cosine classifier for all class tokens, and an easier auxiliary task.
 
     Hundreds of categories give hardly a gradient to an untrained network. The auxiliary linear layer names only the
     category's operator (one of seven) and gets learning off the ground; it is dropped with the head.
@@ -262,68 +263,105 @@ class FormulaHead(nn.Module):
         scale = self.log_scale.clamp(max=math.log(40.0)).exp()
         return scale * F.linear(F.normalize(tokens, dim=-1), F.normalize(self.weight, dim=-1))
 
-    def with_background(self, tokens: Tensor, absence: bool) -> Tensor:
-        """``[..., D]`` → logits ``[..., categories + 1]``, the last one the background's.
-
-        Args:
-            tokens: Final patch tokens.
-            absence: The background's logit is a constant instead of a linear function: background patches must then
-                point away from every category, and cosines with class tokens tell objects from background.
-        """
-        constant = self.background.bias.expand(*tokens.shape[:-1], 1)
-        return torch.cat([self(tokens), constant if absence else self.background(tokens)], dim=-1)
+    def with_background(self, tokens: Tensor) -> Tensor:
+        """``[..., D]`` → logits ``[..., categories + 1]``, the last one the background's."""
+        return torch.cat([self(tokens), self.background(tokens)], dim=-1)
 
 
 OPERATOR_WEIGHT, ATTENTION_WEIGHT = 0.5, 0.5
 NAMES_FIRST = 0.6
-"""Share of the training before attention and absence count: learning names at the same time takes far longer."""
+"""Share of the training in which names alone are learnt: all at the same time takes far longer."""
+
+
+def class_tokens(vit: nn.Module, images: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """What the class token says of a picture, and what it would say if its attention in the last block moved.
+
+    Args:
+        vit: timm's ``VisionTransformer``.
+        images: Normalised, ``[B, 3, S, S]``.
+        shift: Share of the attention that moves to a patch, ``[B, N]``, from 0 to 1. The tokens then teach the
+            attention nothing. ``None``: all of it moves, and the picture's own class token teaches the attention.
+
+    Returns:
+        The class token ``[B, D]``; those with moved attention ``[B, N, D]``; and the attention to the patches, mean
+        over the heads, ``[B, N]``.
+    """
+    x = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
+    for block in vit.blocks[:-1]:
+        x = block(x)
+    last, prefix = vit.blocks[-1], vit.num_prefix_tokens
+    attention = last.attn
+    query, key, value = attention.qkv(last.norm1(x)).unflatten(-1, (3, attention.num_heads, -1)).unbind(2)
+    query, key = attention.q_norm(query[:, :1]), attention.k_norm(key)
+    rows = (torch.einsum("bqhd,bkhd->bhqk", query, key) * attention.scale).float().softmax(-1)  # [B, heads, 1, T]
+    seen = rows if shift is None else rows.detach()
+    context = torch.einsum("bhqk,bkhd->bqhd", seen.to(value.dtype), value).flatten(2)  # [B, 1, D]
+    patches = value[:, prefix:].flatten(2)  # [B, N, D]
+    moved = patches if shift is None else torch.lerp(context, patches, shift[..., None].to(context.dtype))
+    token = x[:, :1] + last.ls1(attention.proj(torch.cat([context, moved], dim=1)))
+    token = vit.norm(token + last.ls2(last.mlp(last.norm2(token))))
+    return token[:, 0], token[:, 1:], rows[:, :, 0, prefix:].mean(1)
 
 
 def formula_loss(
     head: FormulaHead,
-    tokens: Tensor,
+    token: Tensor,
+    moved: Tensor,
     attention: Tensor,
     wanted: Targets,
-    *,
-    names_only: bool = False,
+    shift: Tensor | None = None,
     patch_weight: float = 1.0,
 ) -> dict[str, Tensor]:
     """Sum of four cross-entropies, and accuracies.
 
-    The class token names the categories (in the proportion of their areas), every patch its own or the background;
-    the class token and the patches on objects also name their operators; and the class token's attention in the last
-    block is spread over the objects.
+    First (`shift` unset) the class token names the categories in the proportion of their areas, and the one that
+    attends to a single patch that patch's category or the background. Then both name whatever they attend to,
+    background included, in the proportion of the attention, and the attention is spread over the objects. Both also
+    name the operators of the categories.
 
     Args:
         head: The classifiers.
-        tokens: Final tokens ``[B, 1 + N, D]``, the class token first.
+        token: Class tokens ``[B, D]``.
+        moved: Those with moved attention, ``[B, N, D]``.
         attention: The last block's class-token attention to the patches, mean over heads, ``[B, N]``.
         wanted: From `targets`.
-        names_only: Leave the attention alone, and let the background be a direction of its own.
-        patch_weight: Weight of what the patches name, categories and operators.
+        shift: What `class_tokens` was given.
+        patch_weight: Weight of what the class tokens with moved attention name, categories and operators.
     """
-    of_class = head(tokens[:, 0])
+    categories = wanted.shares.shape[1]
     known = wanted.patches >= 0
-    patches, names = tokens[:, 1:][known], wanted.patches[known]
-    of_patches = head.with_background(patches, absence=not names_only)
-    loss_class = -(wanted.shares * of_class.log_softmax(-1)).sum(-1).mean()
-    loss_patch = F.cross_entropy(of_patches, names, reduction="sum") / max(len(names), 1)
-    things = names < wanted.shares.shape[1]
-    patches, of_patches, names = patches[things], of_patches[things], names[things]
+    patches = known.sum().clamp(min=1)
+    own = F.one_hot(wanted.patches.clamp(min=0), categories + 1).to(token.dtype)  # [B, N, categories + 1]
+    if shift is None:
+        of_class = head(token)
+        loss_class = F.cross_entropy(of_class, wanted.shares)
+        names = own
+    else:
+        mass = attention.detach() * known
+        seen = torch.einsum("bn,bnc->bc", mass / mass.sum(1, keepdim=True).clamp(min=1e-6), own)
+        of_class = head.with_background(token)
+        loss_class = F.cross_entropy(of_class, seen)
+        names = torch.lerp(seen[:, None], own, shift[..., None])
+    of_patches = head.with_background(moved)
+    loss_patch = F.cross_entropy(of_patches[known], names[known], reduction="sum") / patches
     operators = wanted.shares @ F.one_hot(head.operator, len(OPERATORS)).to(wanted.shares.dtype)
-    loss_operator = -(operators * head.auxiliary(tokens[:, 0]).log_softmax(-1)).sum(-1).mean()
-    of_operators = F.cross_entropy(head.auxiliary(patches), head.operator[names], reduction="sum")
-    loss_operator = loss_operator + patch_weight * of_operators / max(len(names), 1)
+    things = known & (wanted.patches < categories)
+    category = wanted.patches[things]
+    of_operators = F.cross_entropy(head.auxiliary(moved[things]), head.operator[category], reduction="none")
+    if shift is not None:
+        of_operators = shift[things] * of_operators
+    on_objects = things.sum().clamp(min=1)
+    loss_operator = F.cross_entropy(head.auxiliary(token), operators) + patch_weight * of_operators.sum() / on_objects
     spread = attention / attention.sum(-1, keepdim=True)
     loss_attention = -(wanted.attention * (spread + 1e-6).log()).sum(-1).mean()
     with torch.no_grad():
         accuracy = (of_class.argmax(-1) == wanted.shares.argmax(-1)).float().mean()
-        accuracy_patch = (of_patches.argmax(-1) == names).float().sum() / max(len(names), 1)
+        accuracy_patch = (of_patches[things].argmax(-1) == category).float().sum() / on_objects
     return {
         "loss": loss_class
         + patch_weight * loss_patch
         + OPERATOR_WEIGHT * loss_operator
-        + (0.0 if names_only else ATTENTION_WEIGHT) * loss_attention,
+        + (0.0 if shift is None else ATTENTION_WEIGHT) * loss_attention,
         "loss_class": loss_class,
         "loss_patch": loss_patch,
         "loss_operator": loss_operator,

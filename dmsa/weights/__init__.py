@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from timm.models.vision_transformer import VisionTransformer
 
 FOLDER = Path(__file__).parent
 
 
-def shapes_vit_tiny() -> tuple[dict[str, Any], Path]:
+def shapes_vit_tiny() -> tuple[VisionTransformer, Path]:
     """The tiny backbone of the embedded data set.
 
     Returns:
-        The arguments of timm's ``VisionTransformer``, and the path of its weights (safetensors). ``README.md`` beside
-        them holds the command, the seed and the measured quality.
+        The untrained network, and the path of its weights (safetensors). ``README.md`` beside them holds the command,
+        the seed and the measured quality.
     """
     from dmsa.models.conv_stem import ConvStem
+    from dmsa.models.late_class import LateClassViT
 
-    kwargs = {
-        "img_size": 48,
-        "patch_size": 8,
-        "embed_dim": 128,
-        "depth": 4,
-        "num_heads": 4,
-        "num_classes": 0,
-        "embed_layer": ConvStem,
-        "dynamic_img_size": True,
-    }
-    return kwargs, FOLDER / "shapes_vit_tiny.safetensors"
+    vit = LateClassViT(
+        img_size=48,
+        patch_size=8,
+        embed_dim=128,
+        depth=4,
+        num_heads=4,
+        num_classes=0,
+        embed_layer=ConvStem,
+        dynamic_img_size=True,
+    )
+    return vit, FOLDER / "shapes_vit_tiny.safetensors"

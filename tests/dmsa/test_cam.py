@@ -11,11 +11,11 @@ import torch.nn.functional as F
 
 from dmsa.labels.cam import (
     CAMS,
-    attended_feature_cam,
     attention_gradient_cam,
     carries_mass,
     class_attention_gradient,
     feature_cam,
+    single_patch_cam,
 )
 from dmsa.models.encoder import Encoder
 from tests.dmsa.test_encoder import GOLDEN, KINDS
@@ -112,13 +112,21 @@ def test_feature_cam_is_the_rectified_cosine():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_attended_feature_cam_is_the_feature_map_where_the_class_token_looks(kind):
+def test_single_patch_cam_moves_all_attention_to_one_patch(kind):
     encoder, images, centroids = Encoder(tiny_vit(**KINDS[kind])), torch.randn(2, 3, 40, 56), torch.randn(5, 48)
-    attention = encoder.features(images).attention[..., encoder.num_prefix_tokens :].mean(1)  # [B, N]
-    share = (attention / attention.amax(1, keepdim=True)).reshape(2, 1, 5, 7)
-    maps = attended_feature_cam(encoder, images, centroids)
-    torch.testing.assert_close(maps, feature_cam(encoder, images, centroids) * share)
-    assert 0 < maps.max() <= 1
+    attended, prefix = encoder.features(images), encoder.num_prefix_tokens
+    row = attended.attention[..., prefix:].mean(1)  # [B, N]
+    maps = single_patch_cam(encoder, images, centroids)
+    assert maps.shape == (2, 5, 5, 7)
+    for patch in (0, 17, 34):
+        moved = torch.zeros_like(attended.attention)
+        moved[..., prefix + patch] = 1
+        token = encoder.class_token(attended, (moved.unsqueeze(2) @ attended.values).flatten(1))  # [B, D]
+        cosine = F.cosine_similarity(token[:, None], centroids[None], dim=-1).relu()
+        expected = cosine * (row[:, patch] / row.amax(1))[:, None]
+        torch.testing.assert_close(maps.flatten(2)[..., patch], expected)
+    assert not maps.requires_grad
+    assert maps.max() > 0
 
 
 @pytest.mark.parametrize("mode", ["no_grad", "inference_mode", "autocast"])

@@ -158,8 +158,7 @@ def test_methods_are_switches():
     transfgu = parse(["--method", "transfgu"])
     assert (transfgu.model.aspp, transfgu.labels.par, transfgu.losses.seg) == ("off", "off", 0.0)
     plus = parse(["--method", "dmsa_plus"])
-    assert (plus.rates.grid_aware, plus.labels.cam, plus.labels.label_grid) == (True, "attended_feature", "pixels")
-    assert (plus.labels.bank, parse([]).labels.bank) == ("patches", "crops")
+    assert (plus.rates.grid_aware, plus.labels.cam, plus.labels.label_grid) == (True, "single_patch", "pixels")
     assert not parse([]).rates.grid_aware
     assert configuration.resolve_method(transfgu) == transfgu
 

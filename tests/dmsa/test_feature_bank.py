@@ -174,32 +174,6 @@ def test_crops_have_a_size_of_their_own(monkeypatch):
         build_feature_bank(encoder, Pictures(2), replace(CONFIG, labels=replace(CONFIG.labels, bank_crop=20)))
 
 
-@pytest.mark.parametrize("things_only", [True, False])
-def test_a_bank_of_patches_holds_the_attended_ones(things_only, monkeypatch, tmp_path):
-    monkeypatch.setattr(feature_bank, "PATCHES", 5)
-    encoder, dataset = tiny_encoder(), Pictures(3, things_only=things_only)
-    config = replace(CONFIG, labels=replace(CONFIG.labels, bank="patches"))
-    bank = build_feature_bank(encoder, dataset, config, tmp_path, image_batch=2)
-    expected = {True: [], False: []}
-    for index in range(3):
-        from PIL import Image
-
-        image = np.array(Image.fromarray(dataset.raw(index)[0]).resize((48, 48), Image.Resampling.BILINEAR)) / 255
-        image = torch.from_numpy((image - MEAN) / STD).permute(2, 0, 1).float()[None]
-        row = encoder.attention(encoder.frozen(image), (6, 6))[0, :, 1:].mean(0)
-        for kind in (True, False):
-            own = F.normalize(encoder(image)[0][0], dim=-1)[(row > row.mean()) == kind]
-            expected[kind].append(own[[i * len(own) // 5 for i in range(5)]] if len(own) > 5 else own)
-    torch.testing.assert_close(torch.from_numpy(bank.foreground), torch.cat(expected[True]), atol=1e-5, rtol=1e-5)
-    assert bank.foreground_image.tolist() == [i for i in range(3) for _ in expected[True][i]]
-    if things_only:
-        assert bank.background.shape == (0, 48)
-    else:
-        torch.testing.assert_close(torch.from_numpy(bank.background), torch.cat(expected[False]), atol=1e-5, rtol=1e-5)
-    assert equal(build_feature_bank(encoder, dataset, config, tmp_path), bank)
-    assert not equal(build_feature_bank(encoder, dataset, CONFIG, tmp_path), bank)
-
-
 def test_damaged_images_are_skipped_by_name():
     encoder = tiny_encoder()
     with pytest.warns(UserWarning, match=r"skipped 1 damaged images: .*picture1\.jpg"):
