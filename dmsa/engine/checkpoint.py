@@ -33,7 +33,7 @@ import torch
 from dmsa.config import Config, differences, to_dict
 from dmsa.engine.files import link_atomically, remove_leftovers, write_atomically
 
-VERSION = 2
+VERSION = 3
 REQUIRED = {
     "config": dict,
     "student": dict,

@@ -68,9 +68,10 @@ def feature_cam(encoder: Encoder | nn.Module, images: Tensor | Attended, centroi
     with torch.no_grad():
         patches, _ = encoder.tail(attended, attended.grid)  # [B, N, D]
         wide = torch.promote_types(patches.dtype, torch.float32)
-        patches = nn.functional.normalize(patches.to(wide), dim=-1)
-        directions = nn.functional.normalize(centroids.to(patches), dim=-1)
-        return (directions @ patches.transpose(1, 2)).relu().unflatten(-1, attended.grid)
+        with torch.autocast(patches.device.type, enabled=False):
+            patches = nn.functional.normalize(patches.to(wide), dim=-1)
+            directions = nn.functional.normalize(centroids.to(patches), dim=-1)
+            return (directions @ patches.transpose(1, 2)).relu().unflatten(-1, attended.grid)
 
 
 def single_patch_cam(encoder: Encoder | nn.Module, images: Tensor | Attended, centroids: Tensor) -> Tensor:
@@ -84,15 +85,16 @@ def single_patch_cam(encoder: Encoder | nn.Module, images: Tensor | Attended, ce
     points to a centroid nothing moves it closer, and the gradient's sign is chance; going all the way to patch j asks
     the same question without that saturation, at the price of one MLP per patch.
 
-    Args and returns as `attention_gradient_cam`; values from 0 to 1.
+    Args, returns and errors as `attention_gradient_cam`, without `batch_parity`; values from 0 to 1.
     """
     encoder, attended = _shared(encoder, images, centroids)
     prefix = encoder.num_prefix_tokens
-    with torch.no_grad():
+    # as for Eq. 5, what lies between attention and class token stays in the parameters' precision
+    with torch.no_grad(), torch.autocast(attended.tokens.device.type, enabled=False):
         values = attended.values[:, :, prefix:]  # [B, A, N, D/A]
-        context = values.permute(2, 0, 1, 3).flatten(2)  # [N, B, D]
-        token = encoder.class_token(attended, context)  # [N, B, D]
-        token = nn.functional.normalize(token.to(torch.promote_types(token.dtype, torch.float32)), dim=-1)
+        context = values.permute(2, 0, 1, 3).flatten(2).to(next(encoder.parameters()).dtype)  # [N, B, D]
+        token = encoder.class_token(attended, context)
+        token = nn.functional.normalize(token.to(attended.attention.dtype), dim=-1)
         directions = nn.functional.normalize(centroids.to(token), dim=-1)
         names = (token @ directions.T).relu().permute(1, 2, 0)  # [B, K, N]
         attention = attended.attention[..., prefix:].mean(1)  # [B, N]

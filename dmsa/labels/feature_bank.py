@@ -32,7 +32,7 @@ CPU_TOKENS = 2048
 """Patch tokens of a forward pass on a CPU."""
 PART = 256
 """Images per file of the cache."""
-VERSION = 1
+VERSION = 2
 """Raised when the crops or features change, so that older caches are not taken for current ones."""
 
 

@@ -65,7 +65,7 @@ class Encoder(nn.Module):
 
     def __init__(self, vit: nn.Module) -> None:
         super().__init__()
-        _check_architecture(vit)
+        check_architecture(vit)
         self.vit = vit.requires_grad_(False)
         self.embed_dim: int = vit.embed_dim
         self.patch_size: int = vit.patch_embed.patch_size[0]
@@ -239,7 +239,8 @@ def _finish(attention: nn.Module, mixed: Tensor, gate: Tensor | None) -> Tensor:
     return attention.proj(mixed if gate is None else mixed * gate)
 
 
-def _check_architecture(vit: nn.Module) -> None:
+def check_architecture(vit: nn.Module) -> None:
+    """Raise the `TypeError` that says why `vit` cannot be the backbone of an `Encoder`."""
     from timm.models.vision_transformer import Attention, Block, VisionTransformer
 
     if not isinstance(vit, VisionTransformer):

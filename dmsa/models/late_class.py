@@ -31,7 +31,7 @@ class LateClassViT(VisionTransformer):
     """
 
     def __init__(self, **kwargs) -> None:
-        super().__init__(**{"block_fn": PatchBlock, **kwargs})
+        super().__init__(**kwargs, block_fn=PatchBlock)
         if self.num_prefix_tokens != 1:
             raise ValueError(f"{self.num_prefix_tokens=}: expected the class token alone")
         self.blocks[-1].reads_class = True

@@ -11,6 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+VERSION = 2
+"""Raised when a recipe or the shipped architecture changes, so that older checkpoints are not taken up."""
+
 
 @dataclass(frozen=True)
 class PretrainConfig:
@@ -64,10 +67,12 @@ def build_backbone(name: str, size: int) -> nn.Module:
     """An untrained timm vision transformer without a classifier.
 
     Raises:
-        ValueError: Not a vision transformer that timm knows, or one without a class token; or a size that is no
-            multiple of its patches.
+        ValueError: Not a vision transformer that timm knows, or one without a class token or with an unusual last
+            block; or a size that is no multiple of its patches.
     """
     import timm
+
+    from dmsa.models.encoder import check_architecture
 
     if name == "shapes_vit_tiny":
         from dmsa.weights import shapes_vit_tiny
@@ -77,11 +82,13 @@ def build_backbone(name: str, size: int) -> nn.Module:
         vit = timm.create_model(name, pretrained=False, num_classes=0, dynamic_img_size=True, img_size=size)
     else:
         raise ValueError(f"encoder={name!r}: expected 'shapes_vit_tiny' or a vision transformer of timm (vit_*, deit*)")
+    try:
+        check_architecture(vit)
+    except TypeError as error:
+        raise ValueError(f"encoder={name!r}: {error}") from error
     for module in vit.blocks.modules():
         if isinstance(module, nn.Linear):  # timm's 0.02 is made for wide networks and long trainings
             nn.init.xavier_uniform_(module.weight)
-    if getattr(vit, "cls_token", None) is None:
-        raise ValueError(f"encoder={name!r} has no class token; the labels need one")
     patch = vit.patch_embed.patch_size[0]
     if size % patch:
         raise ValueError(f"{size=}: expected a multiple of the patch size of {name}, {patch}")
@@ -160,7 +167,7 @@ def pretrain(config: PretrainConfig) -> dict[str, object]:
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     free = {"out", "steps", "cooldown", "threads", "checkpoint_minutes", "log_every", "report_pictures", "stop_after"}
-    settings = {key: value for key, value in asdict(config).items() if key not in free}
+    settings = {"version": VERSION, **{key: value for key, value in asdict(config).items() if key not in free}}
     report: dict[str, object] = {"settings": asdict(config)}
     if config.report_pictures:
         report["untrained"] = measure(vit, pictures=config.report_pictures).table()

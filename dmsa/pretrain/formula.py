@@ -277,7 +277,7 @@ def class_tokens(vit: nn.Module, images: Tensor, shift: Tensor | None) -> tuple[
     """What the class token says of a picture, and what it would say if its attention in the last block moved.
 
     Args:
-        vit: timm's ``VisionTransformer``.
+        vit: timm's ``VisionTransformer`` with a class token and ordinary attention (no gate, no dropout).
         images: Normalised, ``[B, 3, S, S]``.
         shift: Share of the attention that moves to a patch, ``[B, N]``, from 0 to 1. The tokens then teach the
             attention nothing. ``None``: all of it moves, and the picture's own class token teaches the attention.
@@ -298,7 +298,7 @@ def class_tokens(vit: nn.Module, images: Tensor, shift: Tensor | None) -> tuple[
     context = torch.einsum("bhqk,bkhd->bqhd", seen.to(value.dtype), value).flatten(2)  # [B, 1, D]
     patches = value[:, prefix:].flatten(2)  # [B, N, D]
     moved = patches if shift is None else torch.lerp(context, patches, shift[..., None].to(context.dtype))
-    token = x[:, :1] + last.ls1(attention.proj(torch.cat([context, moved], dim=1)))
+    token = x[:, :1] + last.ls1(attention.proj(attention.norm(torch.cat([context, moved], dim=1))))
     token = vit.norm(token + last.ls2(last.mlp(last.norm2(token))))
     return token[:, 0], token[:, 1:], rows[:, :, 0, prefix:].mean(1)
 
@@ -317,7 +317,7 @@ def formula_loss(
     First (`shift` unset) the class token names the categories in the proportion of their areas, and the one that
     attends to a single patch that patch's category or the background. Then both name whatever they attend to,
     background included, in the proportion of the attention, and the attention is spread over the objects. Both also
-    name the operators of the categories.
+    name the operators: of the objects by their areas, and of a patch on an object by the share that moved there.
 
     Args:
         head: The classifiers.
@@ -355,7 +355,7 @@ def formula_loss(
     spread = attention / attention.sum(-1, keepdim=True)
     loss_attention = -(wanted.attention * (spread + 1e-6).log()).sum(-1).mean()
     with torch.no_grad():
-        accuracy = (of_class.argmax(-1) == wanted.shares.argmax(-1)).float().mean()
+        accuracy = (of_class[:, :categories].argmax(-1) == wanted.shares.argmax(-1)).float().mean()
         accuracy_patch = (of_patches[things].argmax(-1) == category).float().sum() / on_objects
     return {
         "loss": loss_class

@@ -41,7 +41,7 @@ def normalise(images: Tensor) -> Tensor:
 
 
 def tokens_and_attention(vit: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Final tokens ``[B, 1 + N, D]`` and the last block's class-token attention ``[B, N]`` (mean over the heads)."""
+    """Final tokens ``[B, T, D]`` and the last block's class-token attention ``[B, N]`` (mean over the heads)."""
     x = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
     for block in vit.blocks[:-1]:
         x = block(x)

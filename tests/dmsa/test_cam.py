@@ -129,19 +129,22 @@ def test_single_patch_cam_moves_all_attention_to_one_patch(kind):
     assert maps.max() > 0
 
 
-@pytest.mark.parametrize("mode", ["no_grad", "inference_mode", "autocast"])
-def test_cam_under_every_mode(mode):
+@pytest.mark.parametrize("make", CAMS.values(), ids=CAMS)
+@pytest.mark.parametrize("mode", ["no_grad", "inference_mode", "autocast", "autocast features only"])
+def test_cam_under_every_mode(mode, make):
     encoder, images, centroids = tiny_encoder(), torch.randn(2, 3, 48, 48), torch.randn(4, 48)
-    expected = attention_gradient_cam(encoder, images, centroids)
-    context = torch.autocast("cpu", torch.bfloat16) if mode == "autocast" else getattr(torch, mode)()
+    expected = make(encoder, images, centroids)
+    context = torch.autocast("cpu", torch.bfloat16) if "autocast" in mode else getattr(torch, mode)()
     with context:
-        cam = attention_gradient_cam(encoder, images, centroids)
+        cam = encoder.features(images) if mode == "autocast features only" else make(encoder, images, centroids)
+    if mode == "autocast features only":
+        cam = make(encoder, cam, centroids)
     assert not cam.requires_grad
     assert cam.dtype == torch.float32
     # bf16 tokens may move a value across the threshold or the sign: compare what both kept
     both = (cam > 0) & (expected > 0)
     assert both.sum() > 0.9 * (expected > 0).sum()
-    tolerance = 0.1 if mode == "autocast" else 1e-6
+    tolerance = 0.1 if "autocast" in mode else 1e-6
     torch.testing.assert_close(cam[both], expected[both], atol=tolerance, rtol=tolerance)
 
 

@@ -252,7 +252,7 @@ def test_sizes_are_checked_before_the_feature_bank_and_before_anything_is_writte
         (["--preset", "voc"], "data set 'voc' needs a folder, --data.root FOLDER"),
         (["--out", "{tmp}/file/run"], "cannot create .*choose another --out"),
         (["--out", "{tmp}/busy"], "another process is training in this folder"),
-        (["--train.batch", "9999"], "train.batch=9999 is more than the 256 training samples"),
+        (["--train.batch", "9999"], "train.batch=9999 is more than the 1024 training samples"),
     ],
 )
 def test_a_run_that_cannot_start_says_so_in_one_line(tmp_path, capsys, options, words):
