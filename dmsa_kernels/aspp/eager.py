@@ -21,6 +21,7 @@ from dmsa_kernels.aspp.layout import Tap, empty_map, in_layout_of, is_channels_l
 
 TILE_ELEMENTS = 1 << 18  # of one thread: the running sum of a tile, 1 MiB of float32, stays in or near its core
 LIBRARY_ELEMENTS = 1 << 20  # of a branch by the library at a time: 4 MiB, far below the allocator's threshold
+WHOLE_ELEMENTS = 1 << 23  # of all branches by the library: 32 MiB, that threshold
 WIDE_SUM_ELEMENTS = 1 << 16  # below this, sums in float64 cost next to nothing
 
 
@@ -186,16 +187,18 @@ def _convolve_by_library(
     """
     branches, channels = weight.shape[:2]
     summed = out.shape[1] < branches * channels
-    image = out[:1, :channels].numel()
-    step = max(1, LIBRARY_ELEMENTS // image) if out.device.type == "cpu" and image else max(1, len(out))
+    # The branches of a pixel are adjacent: written one by one, every pixel would be visited R times.
+    joined = not summed and is_channels_last(out) and len(by_library) == branches
+    image = channels * out.shape[2] * out.shape[3]
+    whole = out.device.type != "cpu" or (joined and out.numel() <= WHOLE_ELEMENTS)
+    step = max(1, len(out) if whole else LIBRARY_ELEMENTS // image)
     for b in range(0, len(out), step):
         # One after another: each leaves the cache before the next is computed, unless they are joined.
         results = (_library_branch(sources[r][b : b + step], weight, bias, dilations, r) for r in by_library)
         piece = out[b : b + step]
         if summed:
             piece.copy_(functools.reduce(Tensor.add_, results))
-        elif is_channels_last(out) and len(by_library) == branches:
-            # The branches of a pixel are adjacent: written one by one, every pixel would be visited R times.
+        elif joined:
             torch.cat([result.to(out.dtype) for result in results], 1, out=piece)
         else:
             targets = _split(piece, branches)
