@@ -329,7 +329,7 @@ def test_configuration_mappings():
             if rng.random() < 0.2:
                 section[key + rng.choice(["", "s", "_"])] = section.pop(key)
             else:
-                section[key] = rng.choice(JUNK)
+                section[key] = copy.deepcopy(rng.choice(JUNK))
         try:
             validate(resolve_method(from_dict(values, source="here.yaml")))
         except (ValueError, TypeError) as error:
@@ -405,7 +405,7 @@ def test_checkpoints_of_wrong_types(folder):
         elif rng.random() < 0.3:
             del content[key]
         else:
-            content[key] = rng.choice(JUNK)
+            content[key] = copy.deepcopy(rng.choice(JUNK))
         path.write_bytes(saved(content))
 
         def read() -> None:
