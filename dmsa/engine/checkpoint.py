@@ -118,9 +118,12 @@ def check_config(state: Mapping[str, Any], config: Config, path: str | Path) -> 
     """Check that a checkpoint belongs to `config`.
 
     Raises:
-        ValueError: lists every option that differs, with both values.
+        ValueError: lists every option that differs, with both values; or the configuration in the file contains itself.
     """
-    found = differences(state["config"], to_dict(config), ignore=MAY_CHANGE, labels=("in the checkpoint", "now"))
+    try:
+        found = differences(state["config"], to_dict(config), ignore=MAY_CHANGE, labels=("in the checkpoint", "now"))
+    except RecursionError:
+        raise ValueError(f"{path} is damaged: its configuration contains itself") from None
     if found:
         raise ValueError(
             f"{path} was written with another configuration:\n  "

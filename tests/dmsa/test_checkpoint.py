@@ -268,3 +268,10 @@ def test_metrics_written_after_the_checkpoint_are_cut_off(tmp_path):
     path.write_text("")
     with pytest.raises(ValueError, match="lines are missing"):
         MetricsLog(tmp_path, keep_bytes=position)
+
+
+def test_a_configuration_that_contains_itself_is_refused():
+    looped = state()
+    looped["config"]["data"]["name"] = looped["config"]
+    with pytest.raises(ValueError, match=r"x\.pt is damaged: its configuration contains itself"):
+        checkpoint.check_config(looped, Config(), "x.pt")
