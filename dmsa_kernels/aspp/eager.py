@@ -20,8 +20,7 @@ from torch import Tensor
 from dmsa_kernels.aspp.layout import Tap, empty_map, in_layout_of, is_channels_last, taps
 
 TILE_ELEMENTS = 1 << 18  # of one thread: the running sum of a tile, 1 MiB of float32, stays in or near its core
-LIBRARY_ELEMENTS = 1 << 20  # of a branch by the library at a time: 4 MiB, far below the allocator's threshold
-WHOLE_ELEMENTS = 1 << 23  # of all branches by the library: 32 MiB, that threshold
+LIBRARY_ELEMENTS = 1 << 21  # of a branch by the library at a time: 8 MiB, far below the allocator's threshold
 WIDE_SUM_ELEMENTS = 1 << 16  # below this, sums in float64 cost next to nothing
 
 
@@ -141,7 +140,7 @@ def _convolve(
     outs = [out] * branches if summed else _split(out, branches)
     by_library = [r for r, d in enumerate(dilations) if library_is_faster(outs[0], weight.shape[-1], d, summed)]
     if by_library:
-        _convolve_by_library(sources, weight, bias, dilations, out, by_library)
+        _convolve_by_library(sources, weight, bias, dilations, outs, by_library)
     by_taps = [r for r in range(branches) if r not in by_library]
     if not by_taps:
         return
@@ -178,32 +177,30 @@ def _convolve_by_library(
     weight: Tensor,
     bias: Tensor | None,
     dilations: Sequence[int],
-    out: Tensor,
+    outs: Sequence[Tensor],
     by_library: Sequence[int],
 ) -> None:
     """Write what :func:`_convolve` writes for the branches ``by_library``, a few images at a time.
 
     Narrow types are computed in float32, for which alone the library's kernel exists on every processor.
+
+    Args:
+        sources, weight, bias, dilations: as in :func:`_convolve`.
+        outs: R results ``[B, C, H, W]``, one and the same tensor R times for the sum.
+        by_library: the branches' indices.
     """
-    branches, channels = weight.shape[:2]
-    summed = out.shape[1] < branches * channels
-    # The branches of a pixel are adjacent: written one by one, every pixel would be visited R times.
-    joined = not summed and is_channels_last(out) and len(by_library) == branches
-    image = channels * out.shape[2] * out.shape[3]
-    whole = out.device.type != "cpu" or (joined and out.numel() <= WHOLE_ELEMENTS)
-    step = max(1, len(out) if whole else LIBRARY_ELEMENTS // image)
-    for b in range(0, len(out), step):
-        # One after another: each leaves the cache before the next is computed, unless they are joined.
-        results = (_library_branch(sources[r][b : b + step], weight, bias, dilations, r) for r in by_library)
-        piece = out[b : b + step]
+    batch = len(outs[0])
+    pieces = 1 if outs[0].device.type != "cpu" else max(1, -(-outs[0].numel() // LIBRARY_ELEMENTS))
+    step = max(1, -(-batch // pieces))
+    summed = len(outs) > 1 and outs[0] is outs[1]
+    for piece in (slice(b, b + step) for b in range(0, batch, step)):
+        branches = (_library_branch(sources[r][piece], weight, bias, dilations, r) for r in by_library)
         if summed:
-            piece.copy_(functools.reduce(Tensor.add_, results))
-        elif joined:
-            torch.cat([result.to(out.dtype) for result in results], 1, out=piece)
-        else:
-            targets = _split(piece, branches)
-            for r, result in zip(by_library, results, strict=True):
-                targets[r].copy_(result)
+            outs[0][piece].copy_(functools.reduce(Tensor.add_, branches))
+            continue
+        for r in by_library:
+            # Not kept in a variable: the next branch takes this one's memory, which is still in the cache.
+            outs[r][piece].copy_(next(branches))
 
 
 def _library_branch(source: Tensor, weight: Tensor, bias: Tensor | None, dilations: Sequence[int], r: int) -> Tensor:
@@ -279,10 +276,12 @@ def _weight_gradient(grads: Sequence[Tensor], x: Tensor, kernel_size: int, dilat
                 top, bottom = max(tile.top, tap.top), min(tile.bottom, tap.bottom)
                 if top >= bottom:
                     continue
-                product = _window(block, top, bottom, tap.left, tap.right) * _window(
-                    source, top + tap.dy, bottom + tap.dy, tap.left + tap.dx, tap.right + tap.dx
+                shifted = _window(source, top + tap.dy, bottom + tap.dy, tap.left + tap.dx, tap.right + tap.dx)
+                target = partial[tap.i * kernel_size + tap.j]
+                # The product is in no variable: the next one takes its memory, which is still in the cache.
+                torch.sum(
+                    _window(block, top, bottom, tap.left, tap.right) * shifted, (2, 3), dtype=partial_dtype, out=target
                 )
-                torch.sum(product, (2, 3), dtype=partial_dtype, out=partial[tap.i * kernel_size + tap.j])
             sums[r, :, tile.channels] += partial.sum(1, dtype=torch.float64)
     return sums.view(len(dilations), kernel_size, kernel_size, channels).permute(0, 3, 1, 2)
 

@@ -29,6 +29,9 @@ DEVICE_SWEEP_ELEMENTS = 1 << 26
 GATHER_WEIGHTS = 1 << 26
 # From this many classes on the gathered sum beats padded planes (measured, benchmarks/NOTES.md).
 GATHER_CLASSES = 10
+# Scores further than this below a pixel's best count as this far: a weight of 1.6e-28 instead of less. That changes no
+# sum, and keeps subnormal numbers, on which a CPU's multiplications are many times slower, out of every later pass.
+LOWEST_SCORE = -64.0
 
 
 class _Padded:
@@ -174,7 +177,7 @@ class _Guide:
             torch.mul(magnitudes[0], scales[0], out=score)
             for magnitude, scale in zip(magnitudes[1:], scales[1:], strict=True):
                 score.addcmul_(magnitude, scale)
-        torch.sub(out.amin(1, keepdim=True), out, out=out).exp_()
+        torch.sub(out.amin(1, keepdim=True), out, out=out).clamp_min_(LOWEST_SCORE).exp_()
         # Divided, not multiplied by a reciprocal: that would round all weights of a pixel to the same side.
         total = out.sum(1, keepdim=True)
         if position is None:

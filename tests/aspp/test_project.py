@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from dmsa_kernels import DepthwiseASPP, why_not_triton
 from dmsa_kernels.aspp import fused_dwconv_project, launch, ops
+from dmsa_kernels.aspp.layout import is_channels_last
 from tests.aspp.budget import assert_within_budget, plain
 from tests.aspp.test_functional import make
 
@@ -32,8 +33,14 @@ def make_all(shape, rates, out_channels, k=3, dtype=torch.float32, layout="nchw"
 
 
 def composed(x, weight, projection, bias, offset, rates):
-    """Project the library's branches by a library convolution."""
-    y = F.conv2d(plain(x, weight, rates, bias, "concat"), projection[:, :, None, None])
+    """Project the library's branches, in the layout of x as ours are, by a library convolution.
+
+    The gradient of the projection is a product of matrices whose rounding depends on that layout.
+    """
+    branches = plain(x, weight, rates, bias, "concat")
+    if is_channels_last(x):
+        branches = branches.contiguous(memory_format=torch.channels_last)
+    y = F.conv2d(branches, projection[:, :, None, None])
     return y if offset is None else y + offset[:, :, None, None]
 
 
