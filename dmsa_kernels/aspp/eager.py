@@ -103,7 +103,7 @@ def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _split(joined: Tensor, branches: int) -> list[Tensor]:
     """Return the R views ``[B, C, H, W]`` of ``[B, R * C, H, W]``."""
-    return list(joined.unflatten(1, (branches, -1)).unbind(1))
+    return list(joined.chunk(branches, 1))
 
 
 def _tiles(like: Tensor) -> Iterator[_Tile]:
@@ -189,31 +189,26 @@ def _convolve_by_library(
         outs: R results ``[B, C, H, W]``, one and the same tensor R times for the sum.
         by_library: the branches' indices.
     """
+    dtype = _sum_dtype(weight.dtype)
+    filters = weight.to(dtype).unsqueeze(2).unbind(0)  # R times [C, 1, k, k]
+    offsets = [None] * len(filters) if bias is None else bias.to(dtype).unbind(0)  # R times [C]
+    half, channels = weight.shape[-1] // 2, weight.shape[1]
+
+    def branch(r: int, piece: slice) -> Tensor:
+        padding = dilations[r] * half
+        return F.conv2d(sources[r][piece].to(dtype), filters[r], offsets[r], 1, padding, dilations[r], channels)
+
     batch = len(outs[0])
     pieces = 1 if outs[0].device.type != "cpu" else max(1, -(-outs[0].numel() // LIBRARY_ELEMENTS))
     step = max(1, -(-batch // pieces))
     summed = len(outs) > 1 and outs[0] is outs[1]
     for piece in (slice(b, b + step) for b in range(0, batch, step)):
-        branches = (_library_branch(sources[r][piece], weight, bias, dilations, r) for r in by_library)
         if summed:
-            outs[0][piece].copy_(functools.reduce(Tensor.add_, branches))
+            outs[0][piece].copy_(functools.reduce(Tensor.add_, (branch(r, piece) for r in by_library)))
             continue
         for r in by_library:
             # Not kept in a variable: the next branch takes this one's memory, which is still in the cache.
-            outs[r][piece].copy_(next(branches))
-
-
-def _library_branch(source: Tensor, weight: Tensor, bias: Tensor | None, dilations: Sequence[int], r: int) -> Tensor:
-    """Return branch ``r`` ``[B, C, H, W]`` in the dtype that sums are computed in."""
-    dtype = _sum_dtype(weight.dtype)
-    return F.conv2d(
-        source.to(dtype),
-        weight[r, :, None].to(dtype),
-        None if bias is None else bias[r].to(dtype),
-        padding=dilations[r] * (weight.shape[-1] // 2),
-        dilation=dilations[r],
-        groups=weight.shape[1],
-    )
+            outs[r][piece].copy_(branch(r, piece))
 
 
 def _window(block: Tensor, top: int, bottom: int, left: int, right: int) -> Tensor:
