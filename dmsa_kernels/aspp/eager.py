@@ -10,6 +10,7 @@ which costs more than the arithmetic.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -72,15 +73,15 @@ def multi_dilation_dwconv_backward(
     return grad_x, grad_weight, grad_bias
 
 
-def library_is_faster(out: Tensor, kernel_size: int, dilation: int, summed: bool) -> bool:
-    """Whether ``F.conv2d`` beats the taps for one branch of ``out`` ``[B, C, H, W]``; measured, see the benchmarks."""
+def widest_library_padding(out: Tensor, summed: bool) -> int:
+    """Return the padding up to which ``F.conv2d`` beats the taps for a branch of ``out`` ``[B, C, H, W]``; measured."""
     if out.device.type != "cpu":
-        return True
-    if out.dtype == torch.float64 or (summed and out.dtype != torch.float32):
-        return False
+        return sys.maxsize
+    narrow_sum = summed and out.dtype != torch.float32
+    if out.dtype == torch.float64 or narrow_sum or not torch.backends.mkldnn.is_available():
+        return 0
     # oneDNN's depthwise kernel takes no padding wider than its register block and falls back to a loop beyond.
-    widest = 6 if _has_avx512() else 4
-    return torch.backends.mkldnn.is_available() and dilation * (kernel_size // 2) <= widest
+    return 6 if _has_avx512() else 4
 
 
 @functools.cache
@@ -138,9 +139,10 @@ def _convolve(
     branches, channels = weight.shape[:2]
     summed = out.shape[1] < branches * channels
     outs = [out] * branches if summed else _split(out, branches)
-    by_library = [r for r, d in enumerate(dilations) if library_is_faster(outs[0], weight.shape[-1], d, summed)]
+    widest = widest_library_padding(out, summed) // (weight.shape[-1] // 2)
+    by_library = [r for r, dilation in enumerate(dilations) if dilation <= widest]
     if by_library:
-        _convolve_by_library(sources, weight, bias, dilations, outs, by_library)
+        _convolve_by_library(sources, weight, bias, dilations, outs, by_library, summed)
     by_taps = [r for r in range(branches) if r not in by_library]
     if not by_taps:
         return
@@ -179,6 +181,7 @@ def _convolve_by_library(
     dilations: Sequence[int],
     outs: Sequence[Tensor],
     by_library: Sequence[int],
+    summed: bool,
 ) -> None:
     """Write what :func:`_convolve` writes for the branches ``by_library``, a few images at a time.
 
@@ -188,27 +191,32 @@ def _convolve_by_library(
         sources, weight, bias, dilations: as in :func:`_convolve`.
         outs: R results ``[B, C, H, W]``, one and the same tensor R times for the sum.
         by_library: the branches' indices.
+        summed: whether to add the branches up.
     """
+    batch, elements = len(outs[0]), outs[0].numel()
+    if batch > 1 and elements > LIBRARY_ELEMENTS and outs[0].device.type == "cpu":
+        step = max(1, -(-batch // -(-elements // LIBRARY_ELEMENTS)))  # pieces of about the same size
+        for piece in (slice(b, b + step) for b in range(0, batch, step)):
+            inputs, results = [source[piece] for source in sources], [out[piece] for out in outs]
+            _convolve_by_library(inputs, weight, bias, dilations, results, by_library, summed)
+        return
     dtype = _sum_dtype(weight.dtype)
     filters = weight.to(dtype).unsqueeze(2).unbind(0)  # R times [C, 1, k, k]
     offsets = [None] * len(filters) if bias is None else bias.to(dtype).unbind(0)  # R times [C]
-    half, channels = weight.shape[-1] // 2, weight.shape[1]
-
-    def branch(r: int, piece: slice) -> Tensor:
-        padding = dilations[r] * half
-        return F.conv2d(sources[r][piece].to(dtype), filters[r], offsets[r], 1, padding, dilations[r], channels)
-
-    batch = len(outs[0])
-    pieces = 1 if outs[0].device.type != "cpu" else max(1, -(-outs[0].numel() // LIBRARY_ELEMENTS))
-    step = max(1, -(-batch // pieces))
-    summed = len(outs) > 1 and outs[0] is outs[1]
-    for piece in (slice(b, b + step) for b in range(0, batch, step)):
-        if summed:
-            outs[0][piece].copy_(functools.reduce(Tensor.add_, (branch(r, piece) for r in by_library)))
-            continue
-        for r in by_library:
-            # Not kept in a variable: the next branch takes this one's memory, which is still in the cache.
-            outs[r][piece].copy_(branch(r, piece))
+    channels, half = weight.shape[1], weight.shape[-1] // 2
+    total = None
+    for r in by_library:
+        dilation = dilations[r]
+        branch = F.conv2d(sources[r].to(dtype), filters[r], offsets[r], 1, dilation * half, dilation, channels)
+        if not summed:
+            outs[r].copy_(branch)
+        elif total is None:
+            total = branch
+        else:
+            total += branch
+        del branch  # the next branch takes its memory, which is still in the cache
+    if total is not None:
+        outs[0].copy_(total)
 
 
 def _window(block: Tensor, top: int, bottom: int, left: int, right: int) -> Tensor:
