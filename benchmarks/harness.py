@@ -5,8 +5,9 @@ A row is one operator on one workload with all its candidates (ours and the base
 1. runs every candidate once on fresh inputs and compares it with a higher-precision reference (the gate): the result
    of a candidate that fails is `wrong`, and no speed-up is given for it, nor for any candidate if ours fails;
 2. keeps tuning, and what the first call took beyond a steady one (compilation), apart from the timing;
-3. times the candidates interleaved, round by round, over several sets of inputs so that they are read from memory and
-   not from the last-level cache; reports the median and the 20th and 80th percentile;
+3. times the candidates interleaved, round by round, each after a call of its own that is not timed, over several sets
+   of inputs so that they are read from memory and not from the last-level cache; reports the median and the 20th and
+   80th percentile;
 4. measures peak memory, and divides the bytes that the operator must move by the time, as a share of the copy
    bandwidth and of the cache ceiling measured (or stated) for this device.
 
@@ -475,6 +476,7 @@ def percentile(samples: Sequence[float], percent: float) -> float:
 
 
 SLOW_S = 0.5
+SECONDS_LONG_S = 2.0
 
 
 class _Timer:
@@ -497,12 +499,22 @@ class _Timer:
             self.inner = max(1, min(200, math.ceil(2e-3 / max(seconds, 1e-7))))
 
     def sample(self) -> None:
+        """Time one sample, after a call that is not timed: the allocator is then as this candidate leaves it.
+
+        Without it a call finds, or has to fetch from the system again, the memory that the candidate before it left.
+        Left out where a call takes seconds, beside which that is nothing.
+        """
+        if self.estimate_s < SECONDS_LONG_S:
+            self._call()
         self.samples.append(_time_once(self._calls, self.device) / self.inner)
 
     def _calls(self) -> None:
         for _ in range(self.inner):
-            self.run(*self.sets[self.next % len(self.sets)])
-            self.next += 1
+            self._call()
+
+    def _call(self) -> None:
+        self.run(*self.sets[self.next % len(self.sets)])
+        self.next += 1
 
 
 def graph_seconds(run: Callable[..., Any], sets: Sequence[tuple], repeats: int = 20) -> float:

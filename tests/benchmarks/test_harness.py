@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import subprocess
 import sys
@@ -292,3 +293,19 @@ def test_the_harness_imports_neither_triton_nor_the_method():
     code = "import sys, benchmarks.harness; print([m for m in ('triton', 'dmsa', 'timm') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_a_sample_follows_a_call_of_the_same_candidate(mach):
+    called = []
+
+    def make(name):
+        def call(x):
+            called.append(name)
+            time.sleep(3e-3)  # so that a sample is one call
+            return 2 * x
+
+        return Candidate(name, call, ours=name == "ours")
+
+    harness.measure(make_row(make("ours"), make("theirs")), mach, seconds=0.0, min_rounds=3, max_rounds=3)
+    turns = [list(group) for _, group in itertools.groupby(called)]
+    assert [len(turn) for turn in turns[-4:]] == [2, 2, 2, 2]
