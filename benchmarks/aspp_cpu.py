@@ -10,8 +10,9 @@ on the same input, with the result in the layout of the input:
 - converted: the same in the other memory layout, with the conversions to it and back;
 - plain once more, the control: what its ratio to plain differs from 1 by is noise.
 
-Times are medians; ratios (plain and converted over ours, control over plain) are medians over rounds, whose calls are
-neighbours that other work on the machine disturbs alike, with quartiles. A line says `slower` where plain or converted
+Times are medians, of calls that each follow one of the same candidate, as in a loop of its own; ratios (plain and
+converted over ours, control over plain) are medians over rounds, whose calls are neighbours that other work on the
+machine disturbs alike, with quartiles. A line says `slower` where plain or converted
 over ours is below 1 and below the lower quartile of the control. A result that differs from the double-precision one by
 more than 2e-5 gets no ratio. At the end, the table of plain over ours in Markdown.
 """
@@ -80,8 +81,9 @@ def compare(shape, dilations, channels_last: bool, backward: bool, budget: float
     times: dict[str, list[float]] = {name: [] for name in calls}
     order, end = random.Random(0), time.perf_counter() + budget
     while len(times["ours"]) < 5 or time.perf_counter() < end:
-        # In random order: a call finds the caches and the allocator as the one before it left them.
+        # In random order, and after a call of its own: a call finds the allocator as it leaves it itself.
         for name in order.sample(list(calls), len(calls)):
+            calls[name](*tensors)
             times[name].append(seconds(calls[name], tensors))
     noise = ratio(times["control"], times["plain"])
     ratios = {name: ratio(times[name], times["ours"]) for name in ("plain", "converted")}

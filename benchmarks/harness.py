@@ -477,6 +477,8 @@ def percentile(samples: Sequence[float], percent: float) -> float:
 
 SLOW_S = 0.5
 SECONDS_LONG_S = 2.0
+# Of several calls: an allocator that gives back memory at every second call shows in all samples or in none otherwise.
+SAMPLE_S = 2e-2
 
 
 class _Timer:
@@ -490,13 +492,13 @@ class _Timer:
         self.samples: list[float] = []
 
     def warm_up(self) -> None:
-        """Run once more and choose the calls of a sample so that the clock and the launch queue do not matter.
+        """Run once more and choose the calls of a sample so that clock, launch queue and allocator do not matter.
 
         Left out for slow calls: two have been made, and a third costs more than it brings.
         """
         if self.estimate_s < SLOW_S:
             seconds = min(_time_once(self._calls, self.device) for _ in range(2))
-            self.inner = max(1, min(200, math.ceil(2e-3 / max(seconds, 1e-7))))
+            self.inner = max(1, min(200, math.ceil(SAMPLE_S / max(seconds, 1e-7))))
 
     def sample(self) -> None:
         """Time one sample, after a call that is not timed: the allocator is then as this candidate leaves it.

@@ -301,7 +301,7 @@ def test_a_sample_follows_a_call_of_the_same_candidate(mach):
     def make(name):
         def call(x):
             called.append(name)
-            time.sleep(3e-3)  # so that a sample is one call
+            time.sleep(21e-3)  # so that a sample is one call
             return 2 * x
 
         return Candidate(name, call, ours=name == "ours")
