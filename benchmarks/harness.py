@@ -5,9 +5,9 @@ A row is one operator on one workload with all its candidates (ours and the base
 1. runs every candidate once on fresh inputs and compares it with a higher-precision reference (the gate): the result
    of a candidate that fails is `wrong`, and no speed-up is given for it, nor for any candidate if ours fails;
 2. keeps tuning, and what the first call took beyond a steady one (compilation), apart from the timing;
-3. times the candidates interleaved, round by round, each after a call of its own that is not timed, over several sets
-   of inputs so that they are read from memory and not from the last-level cache; reports the median and the 20th and
-   80th percentile;
+3. times the candidates interleaved, round by round, each after a call of its own that is not timed (unless calls take
+   seconds), over several sets of inputs so that they are read from memory and not from the last-level cache; reports
+   the median and the 20th and 80th percentile;
 4. measures peak memory, and divides the bytes that the operator must move by the time, as a share of the copy
    bandwidth and of the cache ceiling measured (or stated) for this device.
 
@@ -477,7 +477,7 @@ def percentile(samples: Sequence[float], percent: float) -> float:
 
 SLOW_S = 0.5
 SECONDS_LONG_S = 2.0
-# Of several calls: an allocator that gives back memory at every second call shows in all samples or in none otherwise.
+# A sample of one short call would always be the second of its turn: some allocators return memory at every second call.
 SAMPLE_S = 2e-2
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from types import ModuleType
 
@@ -127,9 +128,11 @@ def _project_backward(ctx, grad):
     need_branches = need_x or need_weight or need_bias
     grad_x = grad_weight = grad_bias = grad_projection = grad_offset = None
     if need_branches or need_projection:
-        # What the forward pass did not keep, through the unfused operators.
-        y = multi_dilation_dwconv(x, weight, bias, ctx.dilations, "concat", ctx.backend) if need_projection else None
-        grad_y, grad_projection = _pointwise_backward(grad, y, projection, need_branches)
+        # What the forward pass did not keep, through the unfused operators, in the forward pass's dtypes.
+        with _without_autocast(grad.device.type):
+            branches = x, weight, bias, ctx.dilations, "concat", ctx.backend
+            y = multi_dilation_dwconv(*branches) if need_projection else None
+            grad_y, grad_projection = _pointwise_backward(grad, y, projection, need_branches)
         if need_branches:
             needs = need_x, need_weight, need_bias
             grads = multi_dilation_dwconv_backward(grad_y, x, weight, ctx.dilations, "concat", *needs, ctx.backend)
@@ -137,6 +140,12 @@ def _project_backward(ctx, grad):
     if need_offset:
         grad_offset = grad.sum((2, 3))
     return grad_x, grad_weight, grad_bias, grad_projection, grad_offset, None, None
+
+
+def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:
+    """Switch autocast off on ``device_type``, which meta tensors do not know."""
+    known = torch.amp.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if known else contextlib.nullcontext()
 
 
 def _pointwise_backward(grad, y, projection, need_y):
@@ -153,15 +162,15 @@ def _pointwise_backward(grad, y, projection, need_y):
 fused_dwconv_project.register_autograd(_project_backward, setup_context=_setup_project_context)
 
 
-def _follow_autocast(operator: Callable[..., Tensor], name: str, device_type: str) -> None:
-    """Cast the floating-point arguments of ``operator`` to whatever dtype autocast runs in on ``device_type``."""
+def _register_autocast(operator: Callable[..., object], name: str, device_type: str, *, cast: bool) -> None:
+    """Keep autocast on ``device_type`` out of ``operator``, whose floating-point arguments it casts first or not."""
     key = "Autocast" + {"cpu": "CPU", "cuda": "CUDA"}[device_type]
     keyset = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
-    def kernel(*args: object) -> Tensor:
+    def kernel(*args: object) -> object:
         dtype = torch.get_autocast_dtype(device_type)
         with torch._C._ExcludeDispatchKeyGuard(keyset):
-            return operator(*(_cast(arg, dtype) for arg in args))
+            return operator(*(_cast(arg, dtype) for arg in args) if cast else args)
 
     _LIBRARY.impl(name, kernel, key)
 
@@ -174,5 +183,7 @@ def _cast(arg: object, dtype: torch.dtype) -> object:
 
 
 for _device_type in ("cpu", "cuda"):
-    _follow_autocast(multi_dilation_dwconv, "multi_dilation_dwconv", _device_type)
-    _follow_autocast(fused_dwconv_project, "fused_dwconv_project", _device_type)
+    _register_autocast(multi_dilation_dwconv, "multi_dilation_dwconv", _device_type, cast=True)
+    _register_autocast(fused_dwconv_project, "fused_dwconv_project", _device_type, cast=True)
+    # The dtypes of a backward pass are those of its forward pass, wherever it runs.
+    _register_autocast(multi_dilation_dwconv_backward, "multi_dilation_dwconv_backward", _device_type, cast=False)

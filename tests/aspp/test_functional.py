@@ -228,6 +228,17 @@ def test_autocast_decides_the_dtype(backend, dtype):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_around_the_backward_pass_changes_nothing(backend):
+    rates = [1, 6]
+    leaves = [t.requires_grad_() for t in make((2, 3, 20, 20), rates)]
+    y = multi_dilation_dwconv(*leaves[:2], rates, leaves[2], backend=backend)
+    outside = torch.autograd.grad(y, leaves, y.detach(), retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = torch.autograd.grad(y, leaves, y.detach())
+    assert all(torch.equal(a, b) for a, b in zip(inside, outside, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_are_deterministic(backend):
     rates = [1, 6, 12]
     x, weight, bias = make((3, 8, 20, 20), rates)

@@ -178,6 +178,16 @@ def test_fused_module_follows_autocast():
     torch.testing.assert_close(y.float(), module(x), rtol=0.05, atol=0.05)
 
 
+def test_autocast_around_the_backward_pass_changes_nothing():
+    x, weight, projection, bias, offset = (t.requires_grad_() for t in make_all((2, 3, 6, 5), [1, 3], 4))
+    y = fused_dwconv_project(x, weight, projection, [1, 3], bias, offset)
+    leaves = x, weight, projection, bias, offset
+    outside = torch.autograd.grad(y, leaves, y.detach(), retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = torch.autograd.grad(y, leaves, y.detach())
+    assert all(torch.equal(a, b) for a, b in zip(inside, outside, strict=True))
+
+
 @pytest.mark.parametrize("layout", ["nchw", "tokens"])
 @pytest.mark.parametrize("present", [True, False])
 def test_opcheck(layout, present):
