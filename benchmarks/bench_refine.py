@@ -16,8 +16,8 @@ from torch import Tensor
 
 from benchmarks import baselines, cases
 from benchmarks.harness import Candidate, Row
-from dmsa_kernels.backend import warmup
 from dmsa_kernels.refine import local_affinity, propagate, refine
+from dmsa_kernels.refine.warmup import warmup
 
 # Absolute bounds on scores in [0, 1]. "exact" promises 1e-5: PAMR on the smooth maps drawn here divides by small
 # deviations, and every float32 form, the baselines too, is 2e-6 to 4e-6 off. "fast" rounds the affinity to 11 bits.

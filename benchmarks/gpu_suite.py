@@ -415,7 +415,7 @@ def section_memory(suite: Suite) -> None:
 def section_tune(suite: Suite) -> None:
     """Measure the launch configurations of the training workloads; log what was chosen and how long it took."""
     from benchmarks.cases import CASES
-    from dmsa_kernels.backend import warmup
+    from dmsa_kernels.refine.warmup import warmup
 
     for case in CASES:
         if not suite.on_gpu:

@@ -4,6 +4,7 @@ from dmsa_kernels._version import __version__
 from dmsa_kernels.aspp import DepthwiseASPP, multi_dilation_dwconv
 from dmsa_kernels.backend import why_not_triton
 from dmsa_kernels.refine import LCM, PAMR, PAR, Affinity, AffinitySpec, local_affinity, propagate
+from dmsa_kernels.refine.warmup import warmup
 
 __all__ = [
     "LCM",
@@ -16,5 +17,6 @@ __all__ = [
     "local_affinity",
     "multi_dilation_dwconv",
     "propagate",
+    "warmup",
     "why_not_triton",
 ]

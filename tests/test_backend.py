@@ -1,6 +1,11 @@
+import ast
+from pathlib import Path
+
 import pytest
 import torch
 
+import dmsa_kernels
+from dmsa_kernels import backend
 from dmsa_kernels.backend import resolve, why_not_triton
 
 
@@ -25,11 +30,32 @@ def test_double_is_not_for_triton(monkeypatch):
 
 
 def test_warmup_off_the_gpu_runs_once_and_measures_nothing():
-    from dmsa_kernels.backend import warmup
-
     image, masks = torch.rand(1, 3, 6, 6, requires_grad=True), torch.rand(1, 2, 6, 6, requires_grad=True)
     valid = torch.tensor([[True, False]])
     for options in ({}, {"valid_classes": valid}, {"return_labels": True}, {"precision": "fast", "spec": "pamr"}):
-        assert warmup(image, masks, [1], 1, **options) == {}
-    assert warmup(image, masks, iter([1]), 0) == {}
+        assert dmsa_kernels.warmup(image, masks, [1], 1, **options) == {}
+    assert dmsa_kernels.warmup(image, masks, iter([1]), 0) == {}
     assert image.grad is masks.grad is None
+
+
+def test_warmup_can_still_be_imported_from_the_backend():
+    assert backend.warmup is dmsa_kernels.warmup
+    with pytest.raises(AttributeError, match="cooldown"):
+        _ = backend.cooldown
+
+
+@pytest.mark.parametrize("version", [None, (2, 1), (3, 0)])
+def test_the_triton_that_is_needed_is_named(monkeypatch, version):
+    monkeypatch.setattr(backend, "triton_version", lambda: version)
+    reason = backend.why_not_triton()
+    assert reason is None if version == (3, 0) else "triton is" in reason
+    if version == (2, 1):
+        assert "triton is 2.1; the kernels need 3.0 or newer" in reason
+
+
+@pytest.mark.parametrize("module", ["backend", "compat", "tuning"])
+def test_the_ground_floor_imports_no_operator(module):
+    path = Path(dmsa_kernels.__file__).parent / f"{module}.py"
+    imported = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+    own = {node.module for node in imported if node.module.startswith("dmsa_kernels")}
+    assert own <= {"dmsa_kernels.compat"}

@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 
 from dmsa_kernels.backend import BACKENDS
 from dmsa_kernels.refine import ops
+from dmsa_kernels.refine.resize import resize_corners
 from dmsa_kernels.refine.spec import AffinitySpec, resolve_spec
 
 PRECISIONS = ("exact", "fast")
@@ -183,7 +184,7 @@ def local_affinity(
 
 
 def _affinity(image: Tensor, dilations: list[int], spec: AffinitySpec, precision: str, backend: str) -> Affinity:
-    weights = torch.ops.dmsa_kernels.local_affinity(
+    weights = ops.local_affinity(
         image,
         dilations,
         float(spec.exponent),
@@ -246,14 +247,14 @@ def propagate(
 
 def _propagate(affinity: Affinity, masks: Tensor, num_iter: int, valid_classes: Tensor | None, backend: str) -> Tensor:
     arguments = (list(affinity.dilations), num_iter, valid_classes, backend)
-    return torch.ops.dmsa_kernels.propagate(affinity.weights, masks, *arguments)
+    return ops.propagate(affinity.weights, masks, *arguments)
 
 
 def _labels(
     affinity: Affinity, masks: Tensor, num_iter: int, valid_classes: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor]:
     arguments = (list(affinity.dilations), num_iter, valid_classes, backend)
-    labels, values = torch.ops.dmsa_kernels.propagate_labels(affinity.weights.detach(), masks.detach(), *arguments)
+    labels, values = ops.propagate_labels(affinity.weights.detach(), masks.detach(), *arguments)
     return labels, values
 
 
@@ -306,9 +307,9 @@ def refine(
             f" masks.shape={tuple(masks.shape)}; use resize='masks' or resize='image'"
         )
     if resize == "image":
-        image = ops.resize(image, masks.shape[2:])
+        image = resize_corners(image, masks.shape[2:])
     affinity = _affinity(image, checked, constants, precision, backend)
     if return_labels:
         return _labels(affinity, masks, num_iter, valid_classes, backend)
-    resized = ops.resize(masks, image.shape[2:])
+    resized = resize_corners(masks, image.shape[2:])
     return _propagate(affinity, resized, num_iter, valid_classes, backend).to(masks.dtype)

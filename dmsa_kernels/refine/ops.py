@@ -6,16 +6,15 @@ Schemas, fake implementations and autograd; a backend's module is imported insid
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
 from types import ModuleType
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dmsa_kernels.backend import resolve
 from dmsa_kernels.refine import eager, reference
 from dmsa_kernels.refine.labels import merge_larger
+from dmsa_kernels.refine.resize import resize_corners
 
 # Elements of the planes that exist at full resolution at a time while labels are computed (fp32: 256 MB).
 LABEL_ELEMENTS = 1 << 26
@@ -47,20 +46,6 @@ def _implementation(backend: str, launcher: str, *tensors: Tensor) -> ModuleType
     if name == "reference":
         return reference
     return importlib.import_module(f"dmsa_kernels.refine.triton.{launcher}")
-
-
-def resize(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Bilinear, ``align_corners=True``, in float32 (float64 stays); x [B, C, h, w] -> [B, C, *size]."""
-    if tuple(x.shape[-2:]) == tuple(size):
-        return x
-    if x.dtype != torch.float64:
-        x = x.float()
-    if 0 in x.shape[:2]:
-        return x.new_zeros((*x.shape[:2], *size)) + x.sum()  # interpolate refuses empty tensors
-    # Plane by plane: interpolate rounds differently with the number of channels and their memory format, and a batch
-    # must equal its images bit for bit.
-    planes = x.reshape(-1, 1, *x.shape[2:]).contiguous()
-    return F.interpolate(planes, size=tuple(size), mode="bilinear", align_corners=True).view(*x.shape[:2], *size)
 
 
 # --- the affinity
@@ -215,7 +200,7 @@ def _propagate_labels(
     height, width = weights.shape[2:]
     best: tuple[Tensor, Tensor] | None = None
     for chunk in label_chunks(masks.shape[1], masks.shape[0], height, width):
-        planes = resize(masks[:, chunk], (height, width))
+        planes = resize_corners(masks[:, chunk], (height, width))
         valid = None if valid_classes is None else valid_classes[:, chunk]
         labels, values = module.propagate_labels(weights, planes, dilations, num_iter, valid)
         labels = labels + chunk.start
@@ -263,3 +248,7 @@ for _name in ("local_affinity_backward", "propagate_backward"):
 # tensors as they are: it computes in float32 and keeps the masks' dtype, and a half-precision affinity means "fast".
 for _device in ("cuda", "cpu"):
     torch.library.register_autocast("dmsa_kernels::local_affinity", _device, torch.float32, lib=_library)
+
+local_affinity = torch.ops.dmsa_kernels.local_affinity
+propagate = torch.ops.dmsa_kernels.propagate
+propagate_labels = torch.ops.dmsa_kernels.propagate_labels
