@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, TypeError, OSError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
-    from dmsa.engine.trainer import CANNOT_START, started
+    from dmsa.training.trainer import CANNOT_START, started
 
     with contextlib.ExitStack() as stack:
         try:

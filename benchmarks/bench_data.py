@@ -27,7 +27,7 @@ from benchmarks.harness import Candidate, Row
 from dmsa.config import DataConfig
 from dmsa.data import build
 from dmsa.data.base import SegmentationData, label_lookup, map_label, table
-from dmsa.metrics import Histogram
+from dmsa.scoring.metrics import Histogram
 
 CLASSES = 81
 

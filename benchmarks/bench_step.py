@@ -31,10 +31,11 @@ from benchmarks.bench_cam import BACKBONE, encoder, maps_by_loop
 from benchmarks.harness import Candidate, Row, human_bytes, peak_memory, pick_device
 from dmsa.config import Config, load_preset
 from dmsa.data.base import colour_map
+from dmsa.data.classes import Classes
 from dmsa.data.transforms import TrainTransform
-from dmsa.engine import task as engine_task
-from dmsa.engine.task import Classes, Prepared, Task
-from dmsa.engine.trainer import build_optimizer
+from dmsa.training import task as training_task
+from dmsa.training.task import Prepared, Task
+from dmsa.training.trainer import build_optimizer
 
 EPOCH = 5
 """An epoch with a teacher and negative labels."""
@@ -120,7 +121,7 @@ def as_today(batch: dict[str, Tensor], whole_network: bool = True) -> Iterator[N
         masks = F.interpolate(masks, image.shape[-2:], mode="bilinear", align_corners=True)
         return materialising(image, masks, dilations, num_iter, "par")
 
-    with replaced(engine_task.CAMS, "attention_grad", loop), replaced(dmsa_kernels.refine, "refine", refine):
+    with replaced(training_task.CAMS, "attention_grad", loop), replaced(dmsa_kernels.refine, "refine", refine):
         yield
 
 
@@ -150,7 +151,7 @@ def timed_parts(step: Step, spent: dict[str, float]) -> Iterator[None]:
         for owner, name, part in (
             (step, "samples", "data"),
             (step.task.encoder, "features", "frozen blocks"),
-            (engine_task.CAMS, "attention_grad", "CAM"),
+            (training_task.CAMS, "attention_grad", "CAM"),
             (step.task.teacher, "logits", "teacher"),
             (dmsa_kernels.refine, "refine", "PAR"),
             (step.task, "forward", "pyramid and decoder"),

@@ -7,15 +7,15 @@ import sys
 
 COMMANDS = {
     "doctor": (
-        "dmsa.data.doctor",
+        "dmsa.commands.doctor",
         "look at a data root: what is there, what is missing, where it comes from",
     ),
-    "prepare": ("dmsa.data.prepare", "unpack the official archives into the expected layout"),
-    "pretrain": ("dmsa.pretrain", "make a backbone for people without DINO weights"),
-    "eval": ("dmsa.engine.evaluate", "score a checkpoint, or a folder of predicted masks of any method"),
-    "predict": ("dmsa.engine.predict", "segment images with a checkpoint: palette PNGs and overlays"),
-    "export": ("dmsa.engine.export", "write a checkpoint's segmenter for deployment"),
-    "ablate": ("dmsa.engine.ablate", "run the paper's ablation on the embedded set"),
+    "prepare": ("dmsa.commands.prepare", "unpack the official archives into the expected layout"),
+    "pretrain": ("dmsa.commands.pretrain", "make a backbone for people without DINO weights"),
+    "eval": ("dmsa.commands.eval", "score a checkpoint, or a folder of predicted masks of any method"),
+    "predict": ("dmsa.commands.predict", "segment images with a checkpoint: palette PNGs and overlays"),
+    "export": ("dmsa.commands.export", "write a checkpoint's segmenter for deployment"),
+    "ablate": ("dmsa.commands.ablate", "run the paper's ablation on the embedded set"),
 }
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from dmsa.data.classes import Classes
 
 IGNORE_COLOUR = (224, 224, 192)
 PANEL_TITLES = ("image", "CAM", "teacher", "refined", "prediction", "ground truth")
@@ -130,3 +133,30 @@ def panel(
         draw.rectangle((x, table_height + y + 3, x + 12, table_height + y + 15), fill=colour, outline="black")
         draw.text((x + 16, table_height + y + 9), name, fill="black", font=font, anchor="lm")
     return canvas
+
+
+def predicted_palette(classes: Classes, assignment: Sequence[int] | None) -> np.ndarray:
+    """Return the colours of predicted ids: those of the classes that they were matched with."""
+    palette = np.array(classes.palette)
+    if assignment is not None:
+        palette = palette.copy()
+        palette[np.asarray(assignment)] = classes.palette
+    return palette
+
+
+def predicted_names(classes: Classes, assignment: Sequence[int] | None) -> list[str]:
+    """Return the names of predicted ids: those of the classes that they were matched with, else `cluster n`."""
+    if assignment is None:
+        first = ["background"] if classes.things_only else []
+        return [*first, *(f"cluster {n}" for n in range(len(first), classes.num_classes))]
+    names = list(classes.classes)
+    for name, predicted in zip(classes.classes, assignment, strict=True):
+        names[predicted] = name
+    return names
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    """Return an image as the bytes of a PNG file."""
+    stream = io.BytesIO()
+    image.save(stream, format="PNG")
+    return stream.getvalue()

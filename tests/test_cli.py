@@ -37,6 +37,6 @@ def test_a_missing_package_names_the_extra(monkeypatch, capsys):
 
 
 def test_a_module_of_our_own_that_is_missing_is_a_fault(monkeypatch):
-    monkeypatch.setattr(importlib, "import_module", lacking("dmsa.engine.predict"))
+    monkeypatch.setattr(importlib, "import_module", lacking("dmsa.commands.predict"))
     with pytest.raises(ModuleNotFoundError):
         cli.main(["predict"])

@@ -355,8 +355,8 @@ def test_configuration_files(folder):
 
 
 def small_checkpoint() -> dict:
+    from dmsa.checkpoint import VERSION, rng_state
     from dmsa.config import Config, to_dict
-    from dmsa.engine.checkpoint import VERSION, rng_state
 
     return {
         "version": VERSION,
@@ -377,8 +377,8 @@ def saved(content: object) -> bytes:
 
 
 def test_checkpoints(folder):
+    from dmsa import checkpoint
     from dmsa.config import Config
-    from dmsa.engine import checkpoint
 
     path = folder / "step-00000007.pt"
 
@@ -391,8 +391,8 @@ def test_checkpoints(folder):
 
 
 def test_checkpoints_of_wrong_types(folder):
+    from dmsa import checkpoint
     from dmsa.config import Config
-    from dmsa.engine import checkpoint
 
     path = folder / "step-00000007.pt"
     rng = random.Random(1)
@@ -426,7 +426,7 @@ class Hostile:
 
 @pytest.mark.parametrize("place", ["student", "config", "extra"])
 def test_a_checkpoint_cannot_run_code(folder, place):
-    from dmsa.engine import checkpoint
+    from dmsa import checkpoint
 
     path = folder / "step-00000007.pt"
     path.write_bytes(saved({**small_checkpoint(), place: Hostile()}))

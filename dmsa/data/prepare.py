@@ -18,35 +18,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, Literal
+from typing import IO, Any
 
-from dmsa.data.base import few, file_names, read_mask
+from dmsa.data.base import file_names, read_mask
 from dmsa.data.coco import curated_file, is_curated, map_folder
-from dmsa.data.doctor import describe, examine
-from dmsa.data.sources import Archive, archives, items
+from dmsa.data.sources import Archive
 
 _BROKEN = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError)
 CURATED_OFFICIAL = {5000: 2175}  # maps of val2017 -> images of the curated list that IIC, PiCIE and STEGO share
-
-
-@dataclass(frozen=True)
-class PrepareOptions:
-    """Unpack the official archives into the expected layout, make the curated list, verify the counts.
-
-    Download the archives first (nothing is downloaded here) and put them into one folder under their own names:
-    VOCtrainval_11-May-2012.tar for voc, that and SBD's benchmark.tgz for voc_aug, {val,train}2017.zip and
-    annotations_trainval2017.zip or stuffthingmaps_trainval2017.zip for coco80, {val,train}2017.zip and
-    stuffthingmaps_trainval2017.zip for coco_stuff27. An interrupted run goes on where it stopped when started again.
-    """
-
-    name: Literal["voc", "voc_aug", "coco80", "coco_stuff27"]
-    """Data set."""
-    root: str
-    """Folder of the data set; made if it does not exist."""
-    archives: str | None = None
-    """Folder of the downloaded archives; the root if unset."""
-    force: bool = False
-    """Unpack and replace files that are there already, and an existing curated list."""
 
 
 @dataclass(frozen=True)
@@ -229,40 +208,3 @@ def curate(root: Path, split: str, force: bool = False) -> str:
     part.write_text(text, encoding="utf-8")
     os.replace(part, path)
     return f"curated list {path}: {verdict}"
-
-
-def main(argv: list[str]) -> int:
-    """Run `dmsa prepare` with `argv`; the exit status is 0 if the data set is usable afterwards.
-
-    Raises:
-        FileNotFoundError: none of the archives is there, and nothing was unpacked before.
-        ValueError: an archive is broken or unsafe.
-        FileExistsError: another curated list is there already.
-    """
-    import tyro
-
-    options = tyro.cli(PrepareOptions, args=argv, prog="dmsa prepare")
-    root = Path(options.root)
-    folder = root if options.archives is None else Path(options.archives)
-    specs = archives(options.name)
-    present = {spec.name: folder / spec.name for spec in specs if (folder / spec.name).is_file()}
-    if not present and not any(item.count() for item in items(options.name, root)):
-        wanted = "; ".join(f"{spec.name} from {spec.site}" for spec in specs if not spec.optional)
-        raise FileNotFoundError(f"none of the archives of {options.name} is in {folder}. Download {wanted}")
-    for spec in specs:
-        if spec.name not in present:
-            print(f"{spec.name}: not in {folder} ({spec.site})")
-            continue
-        done = unpack(present[spec.name], spec, root, options.force)
-        print(f"{spec.name}: {done.written} files unpacked, {done.present} were there already")
-        if done.kept:
-            print(f"  kept {len(done.kept)} files of another size (--force replaces them): {few(done.kept)}")
-    if options.name.startswith("coco") and file_names(map_folder(root, "val2017")):
-        print(curate(root, "val2017", options.force))
-    finding = examine(options.name, str(root))
-    print(describe(finding))
-    return 0 if finding.usable else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -412,3 +413,12 @@ def _resample_positions(vit: nn.Module, found: Tensor, expected: Tensor) -> Tens
     from timm.layers import resample_abs_pos_embed
 
     return resample_abs_pos_embed(found, list(vit.patch_embed.grid_size), num_prefix_tokens=prefix)
+
+
+def fingerprint(encoder: Encoder) -> str:
+    """Return the SHA-256 of an encoder's weights, names and shapes included."""
+    digest = hashlib.sha256()
+    for name, value in sorted(encoder.state_dict().items()):
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from dmsa.config import Config
 from dmsa.models.encoder import Attended
+from dmsa.models.schedule import is_snapshot_epoch
 from dmsa.models.segmenter import Segmenter
-from dmsa.schedule import is_snapshot_epoch
 
 
 class Teacher:

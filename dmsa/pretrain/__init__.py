@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -197,16 +196,3 @@ def pretrain(config: PretrainConfig) -> dict[str, object]:
         print(f"trained   {report['trained']}", flush=True)
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report
-
-
-def main(argv: list[str]) -> int:
-    """``dmsa pretrain``: parse, train, report."""
-    import tyro
-
-    config = tyro.cli(PretrainConfig, args=argv, prog="dmsa pretrain", description=PretrainConfig.__doc__)
-    try:
-        pretrain(config)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"dmsa pretrain: {error}", file=sys.stderr)
-        return 1
-    return 0

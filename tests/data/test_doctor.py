@@ -4,9 +4,10 @@ import shutil
 import pytest
 
 from dmsa import cli
+from dmsa.commands.doctor import main
 from dmsa.data import sources
 from dmsa.data.coco import CURATED_FILE
-from dmsa.data.doctor import examine, main
+from dmsa.data.doctor import examine
 from tests.data import fixtures
 
 

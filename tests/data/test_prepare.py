@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from dmsa import cli
+from dmsa.commands.prepare import main
 from dmsa.config import DataConfig
 from dmsa.data import build, prepare
 from dmsa.data.coco import CURATED_FILE
-from dmsa.data.prepare import check_member, list_members, main, unpack
+from dmsa.data.prepare import check_member, list_members, unpack
 from dmsa.data.sources import Archive
 from tests.data import fixtures
 

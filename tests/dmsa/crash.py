@@ -42,7 +42,7 @@ def _arm(attempt: dict, out: str, rank: int) -> None:
 
         sys.addaudithook(watch)
     if attempt.get("rank") == rank:
-        from dmsa.engine.trainer import Trainer
+        from dmsa.training.trainer import Trainer
 
         step = Trainer._step
 
@@ -62,7 +62,7 @@ def _child(config, attempt: dict | None, out: str, rank: int, processes: int, po
             os.environ.update(RANK=str(rank), WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         if attempt:
             _arm(attempt, out, rank)
-        from dmsa.engine.trainer import train
+        from dmsa.training.trainer import train
 
         train(config, ["train.py"])
         status = 0
@@ -115,7 +115,7 @@ def main() -> None:
     torch.set_num_threads(1)
     for module in (
         "dmsa.data.shapes",
-        "dmsa.engine.trainer",
+        "dmsa.training.trainer",
         "dmsa.models.conv_stem",
         "dmsa_kernels",
         "scipy.optimize",

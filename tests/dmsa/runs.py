@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from dmsa import checkpoint
 from dmsa.config import Config, from_dict
-from dmsa.engine import checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -7,8 +7,7 @@ import dataclasses
 
 import pytest
 
-from dmsa.config import load_preset, resolve_method, to_dict
-from dmsa.engine.ablate import (
+from dmsa.commands.ablate import (
     PLUS,
     ROWS,
     AblateConfig,
@@ -20,6 +19,7 @@ from dmsa.engine.ablate import (
     switch,
     table,
 )
+from dmsa.config import load_preset, resolve_method, to_dict
 
 
 def test_switches_are_the_methods():
@@ -57,9 +57,9 @@ def test_every_row_and_seed_is_trained_and_written(monkeypatch, tmp_path):
         better = 0.1 * ((config.model.aspp != "off") + (config.labels.par == "on") + (config.losses.seg > 0))
         return {"scores": [{"epoch": e, "miou": 0.1 * e + better, "accuracy": 0.5} for e in range(3)]}
 
-    monkeypatch.setattr("dmsa.engine.trainer.train", stand_in)
+    monkeypatch.setattr("dmsa.training.trainer.train", stand_in)
     monkeypatch.setattr(
-        "dmsa.engine.ablate.baseline_rows",
+        "dmsa.commands.ablate.baseline_rows",
         lambda config: [{"method": "clusters", "miou": 10.0 + config.train.seed, "accuracy": 40.0, "boundary": 9.0}],
     )
     options = AblateConfig(out=str(tmp_path / "runs"), results=str(tmp_path / "results"), seeds=(0, 4), epochs=3)

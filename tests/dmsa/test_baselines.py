@@ -10,7 +10,8 @@ import torch
 
 from dmsa import data
 from dmsa.config import load_preset
-from dmsa.engine.baselines import (
+from dmsa.models.encoder import build_encoder
+from dmsa.scoring.baselines import (
     BoundaryScore,
     boundaries,
     cam_labels,
@@ -19,7 +20,6 @@ from dmsa.engine.baselines import (
     score_labels,
     untrained_rows,
 )
-from dmsa.models.encoder import build_encoder
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 
+from dmsa import checkpoint, files
 from dmsa.config import Config, to_dict
-from dmsa.engine import checkpoint, files
-from dmsa.engine.logging import MetricsLog
-from dmsa.engine.sampler import EpochBatches, mix
+from dmsa.random import mix
+from dmsa.training.progress import MetricsLog
+from dmsa.training.sampler import EpochBatches
 
 
 def state(step=1, **changes):
@@ -189,7 +190,7 @@ def test_killed_while_writing(tmp_path):
     script = textwrap.dedent(
         """
         import sys, torch
-        from dmsa.engine.checkpoint import Checkpoints
+        from dmsa.checkpoint import Checkpoints
         from tests.dmsa.test_checkpoint import state
         store = Checkpoints(sys.argv[1])
         step = 0

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from dmsa.engine import checkpoint, distributed
+from dmsa import checkpoint, distributed
 from tests.dmsa.crash import free_port
 from tests.dmsa.runs import ROOT, assert_same_runs, attempts, lines, tiny_values
 
@@ -91,7 +91,7 @@ def test_missing_process_on_resume(tmp_path, two):
 def test_missing_process_at_the_start():
     script = textwrap.dedent(
         """
-        from dmsa.engine.distributed import process_group
+        from dmsa.distributed import process_group
         try:
             with process_group(timeout_seconds=2):
                 print("joined")
@@ -159,7 +159,7 @@ def test_collectives_between_processes(tmp_path):
     script = textwrap.dedent(
         """
         import json, sys, torch
-        from dmsa.engine import distributed as d
+        from dmsa import distributed as d
         with d.process_group() as device:
             found = {
                 "sum": d.all_reduce_sum(torch.tensor([1.0 + d.rank()])).tolist(),

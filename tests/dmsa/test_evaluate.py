@@ -9,14 +9,15 @@ import torch.nn.functional as F
 from PIL import Image
 
 from dmsa import cli
+from dmsa.commands.eval import main
 from dmsa.config import DataConfig
 from dmsa.data import build
 from dmsa.data.base import table
 from dmsa.data.coco import CURATED_FILE
-from dmsa.engine import evaluate as module
-from dmsa.engine.evaluate import evaluate, evaluate_predictions, main, paper_rows
-from dmsa.metrics import Histogram
-from dmsa.protocols import Protocol
+from dmsa.scoring import evaluate as module
+from dmsa.scoring.evaluate import evaluate, evaluate_predictions, paper_rows
+from dmsa.scoring.metrics import Histogram
+from dmsa.scoring.protocols import Protocol
 from tests.data import fixtures
 
 K = 4

@@ -7,9 +7,9 @@ import torch
 from safetensors import safe_open
 
 from dmsa import cli
-from dmsa.engine import export
-from dmsa.engine.predict import load_predictor
-from dmsa.engine.trainer import train
+from dmsa.commands import export
+from dmsa.scoring.predictor import load_predictor
+from dmsa.training.trainer import train
 from dmsa_kernels import multi_dilation_dwconv
 from tests.dmsa.runs import tiny_config
 

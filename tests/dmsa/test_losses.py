@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from dmsa import losses
 from dmsa.config import LossConfig
 from dmsa.labels.fuse import fuse, negative_label, normalize_cam
-from dmsa.schedule import negative_weight
+from dmsa.models.schedule import negative_weight
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "transfgu_losses.npz"
 

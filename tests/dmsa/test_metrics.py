@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dmsa.metrics import Histogram, scores, things_of
+from dmsa.scoring.metrics import Histogram, scores, things_of
 
 
 def by_hand(pred, label, k):

@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from dmsa import cli
+from dmsa import checkpoint, cli
+from dmsa.commands.predict import find_images, output_names
 from dmsa.data.transforms import normalise
-from dmsa.engine import checkpoint
-from dmsa.engine.predict import find_images, load_predictor, output_names
-from dmsa.engine.trainer import train
+from dmsa.scoring.predictor import load_predictor
+from dmsa.training.trainer import train
 from dmsa.visualize import colourise, heatmap, name_regions, overlay, panel
 from tests.dmsa.runs import ROOT, lines, tiny_config
 

@@ -10,11 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
+from dmsa.commands.pretrain import main
 from dmsa.data.shapes import OUTLINES, PERIOD, TEXTURES, THINGS
 from dmsa.models.conv_stem import ConvStem
 from dmsa.models.encoder import Encoder
 from dmsa.models.late_class import LateClassViT
-from dmsa.pretrain import PretrainConfig, build_backbone, main, pretrain
+from dmsa.pretrain import PretrainConfig, build_backbone, pretrain
 from dmsa.pretrain.dino import random_crop, sinkhorn
 from dmsa.pretrain.formula import (
     ANGLE,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dmsa.schedule import dilations_for_epoch, grid_aware, is_snapshot_epoch, negative_weight
+from dmsa.models.schedule import dilations_for_epoch, grid_aware, is_snapshot_epoch, negative_weight
 
 
 @pytest.mark.parametrize("base", [0, 1])

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from dmsa.config import LossConfig
-from dmsa.losses import total_loss
 from dmsa.models.aspp import AtrousPyramid
 from dmsa.models.decoder import MaskTransformer
 from dmsa.models.segmenter import Segmenter
+from dmsa.training.losses import total_loss
 from tests.dmsa.tiny import tiny_config, tiny_encoder
 
 

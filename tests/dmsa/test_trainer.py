@@ -13,13 +13,15 @@ import torch
 import yaml
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dmsa import checkpoint, logging
 from dmsa.config import Config, load_preset
-from dmsa.engine import checkpoint, logging
-from dmsa.engine.run import RunFolder, launch_command
-from dmsa.engine.task import Classes, Task
-from dmsa.engine.trainer import NonFiniteLossError, Trainer, Window, train
-from dmsa.losses import total_loss
+from dmsa.data.classes import Classes
 from dmsa.models.encoder import build_encoder
+from dmsa.training.losses import total_loss
+from dmsa.training.run import RunFolder, launch_command
+from dmsa.training.task import Task
+from dmsa.training.trainer import NonFiniteLossError, Trainer, train
+from dmsa.training.window import Window
 from tests.dmsa.runs import ROOT, assert_same_runs, attempts, lines, tiny_config
 
 
@@ -95,7 +97,7 @@ def test_report_shows_scores_deviations_and_command(finished):
 
 
 def test_report_prints_the_papers_rows():
-    from dmsa.engine.report import report_text
+    from dmsa.training.report import report_text
 
     config = load_preset("coco_stuff27")
     classes = Classes("coco_stuff27", ("a", "b"), np.zeros((2, 3), np.uint8), False, 1, 1)
@@ -260,7 +262,7 @@ def test_a_run_that_cannot_start_says_so_in_one_line(tmp_path, capsys, options, 
 
     (tmp_path / "file").touch()
     holder = subprocess.Popen(
-        [sys.executable, "-c", "import sys; from dmsa.engine.run import RunFolder; f = RunFolder(sys.argv[1]);"
+        [sys.executable, "-c", "import sys; from dmsa.training.run import RunFolder; f = RunFolder(sys.argv[1]);"
          "print(flush=True); sys.stdin.read()", str(tmp_path / "busy")],
         cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
     )  # fmt: skip
@@ -326,7 +328,7 @@ def test_two_runs_in_one_folder_are_refused(tmp_path):
     script = textwrap.dedent(
         """
         import sys
-        from dmsa.engine.run import RunFolder
+        from dmsa.training.run import RunFolder
         try:
             RunFolder(sys.argv[1])
         except RuntimeError as error:

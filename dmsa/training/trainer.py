@@ -7,7 +7,6 @@ import dataclasses
 import json
 import math
 import os
-import random
 import sys
 import time
 import warnings
@@ -20,27 +19,28 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
-from dmsa import data
+from dmsa import checkpoint, data, distributed
+from dmsa.checkpoint import Checkpoints
 from dmsa.config import Config, to_dict, validate
 from dmsa.data.base import few
-from dmsa.engine import checkpoint, distributed
-from dmsa.engine.checkpoint import Checkpoints
-from dmsa.engine.evaluate import evaluate
-from dmsa.engine.files import write_atomically
-from dmsa.engine.logging import MetricsLog, Progress, git_commit, say
-from dmsa.engine.report import draw_panels, png_bytes, report_text
-from dmsa.engine.run import FolderBusyError, RunFolder, launch_command
-from dmsa.engine.sampler import EpochBatches
-from dmsa.engine.task import LOSSES, Classes, Prepared, Task
+from dmsa.data.classes import Classes
+from dmsa.files import write_atomically
 from dmsa.labels.cache import image_count
 from dmsa.labels.clustering import prepare_centroids
-from dmsa.models.encoder import Encoder, build_encoder
-from dmsa.protocols import Protocol
+from dmsa.models.encoder import build_encoder, fingerprint
+from dmsa.random import seed_everything
+from dmsa.scoring.evaluate import evaluate
+from dmsa.scoring.protocols import Protocol
+from dmsa.training.progress import MetricsLog, Progress, git_commit, say
+from dmsa.training.report import draw_panels, report_text
+from dmsa.training.run import FolderBusyError, RunFolder, launch_command
+from dmsa.training.sampler import EpochBatches
+from dmsa.training.task import LOSSES, Prepared, Task
+from dmsa.training.window import WATCHED, Window
+from dmsa.visualize import png_bytes
 
 ACTIVE_SHARE = 0.001
 """A class counts as active if it has at least this share of the labels."""
-WATCHED = (*LOSSES, "total", "gradient")
-"""What must stay finite."""
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -506,7 +506,7 @@ class Trainer:
         """Return the rows of the baselines, if they are asked for."""
         if not self.config.train.baselines:
             return []
-        from dmsa.engine.baselines import score_baselines
+        from dmsa.scoring.baselines import score_baselines
 
         return score_baselines(self.config, self)
 
@@ -553,56 +553,6 @@ class Trainer:
             self.folder.close()
 
 
-class Window:
-    """What is logged, added up on the device between two logging steps so that no step waits for it.
-
-    Args:
-        num_classes: length of the label counts.
-        device: of the losses.
-    """
-
-    def __init__(self, num_classes: int, device: torch.device) -> None:
-        self.device = device
-        self.num_classes = num_classes
-        self._clear()
-
-    def _clear(self) -> None:
-        self._steps = 0
-        self._sums = torch.zeros(len(WATCHED), dtype=torch.float64, device=self.device)
-        self._labels = torch.zeros(self.num_classes, dtype=torch.float64, device=self.device)
-        self._broken_step = torch.full((), -1, dtype=torch.int64, device=self.device)
-        self._broken_values = torch.zeros(len(WATCHED), dtype=torch.float64, device=self.device)
-
-    def add(self, step: int, watched: Tensor, labels: Tensor) -> None:
-        """Add a step's values `[len(WATCHED)]` (this process's shares) and label counts `[K]`."""
-        self._steps += 1
-        self._sums += watched
-        self._labels += labels
-        newly = (self._broken_step < 0) & ~watched.isfinite().all()
-        self._broken_step = torch.where(newly, step, self._broken_step)
-        self._broken_values = torch.where(newly, watched, self._broken_values)
-
-    def read(self, due: bool) -> tuple[dict[str, float], np.ndarray, bool, bool]:
-        """Add up all processes, begin anew (unless broken) and return means, label counts, and two flags.
-
-        The flags, `due` of any process and "something was not finite", are the same in every process.
-        """
-        flags = torch.tensor([float(due), 0.0], dtype=torch.float64, device=self.device)
-        flags[1] = (self._broken_step >= 0).double()
-        packed = distributed.all_reduce_sum(torch.cat([self._sums, self._labels, flags])).tolist()
-        means = {name: value / self._steps for name, value in zip(WATCHED, packed, strict=False)}
-        labels = np.array(packed[len(WATCHED) : -2])
-        if not packed[-1]:
-            self._clear()
-        return means, labels, bool(packed[-2]), bool(packed[-1])
-
-    def first_broken(self) -> dict[str, Any] | None:
-        """Return step and values of this process's first step that was not finite."""
-        step = int(self._broken_step)
-        values = dict(zip(WATCHED, self._broken_values.tolist(), strict=True))
-        return None if step < 0 else {"step": step, "values": values}
-
-
 def build_optimizer(student: nn.Module, config: Config) -> torch.optim.Optimizer:
     """Return Adam over the trained parameters, with weight decay on all but biases, norms and gains."""
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
@@ -611,17 +561,6 @@ def build_optimizer(student: nn.Module, config: Config) -> torch.optim.Optimizer
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
     return torch.optim.Adam(groups, lr=config.train.lr, fused=trained[0].device.type == "cuda")
-
-
-def fingerprint(encoder: Encoder) -> str:
-    """Return the SHA-256 of an encoder's weights, names and shapes included."""
-    import hashlib
-
-    digest = hashlib.sha256()
-    for name, value in sorted(encoder.state_dict().items()):
-        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _split(batch: Mapping[str, Any], size: int | None) -> list[dict[str, Any]]:
@@ -635,13 +574,6 @@ def _label_counts(parts: list[Prepared], num_classes: int) -> Tensor:
     """Count the labels `[K]` without asking the device for anything."""
     ids = torch.arange(num_classes, device=parts[0].label.device)
     return sum((part.label.reshape(-1, 1) == ids).sum(0) for part in parts)
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python's, NumPy's and torch's generators."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002 (libraries draw from it)
-    torch.manual_seed(seed)
 
 
 def _set_up_torch(config: Config) -> None:

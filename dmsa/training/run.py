@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO
 
 from dmsa.config import Config
-from dmsa.engine.files import remove_leftovers, write_atomically
+from dmsa.files import remove_leftovers, write_atomically
 
 
 class FolderBusyError(RuntimeError):

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 from dmsa.config import Config, differences, to_dict
-from dmsa.engine.files import link_atomically, remove_leftovers, write_atomically
+from dmsa.files import link_atomically, remove_leftovers, write_atomically
 
 VERSION = 3
 REQUIRED = {

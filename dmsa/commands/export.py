@@ -18,8 +18,8 @@ import tyro
 from torch import Tensor, nn
 
 from dmsa.config import to_dict
-from dmsa.engine.files import write_atomically
-from dmsa.engine.predict import Predictor, load_predictor
+from dmsa.files import write_atomically
+from dmsa.scoring.predictor import Predictor, load_predictor
 
 
 @dataclass(frozen=True)

@@ -133,9 +133,9 @@ def draw(curves: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], path: Path
 def baseline_rows(config: Config) -> list[dict[str, Any]]:
     """Rows (a) to (c) of a finished run: its pictures, its backbone, its centroids (from its cache)."""
     from dmsa import data
-    from dmsa.engine.baselines import untrained_rows
     from dmsa.labels.clustering import prepare_centroids
     from dmsa.models.encoder import build_encoder
+    from dmsa.scoring.baselines import untrained_rows
 
     encoder = build_encoder(config.model.encoder, config.model.weights)
     train_data, val_data = (data.build(config.data, split, config.train.seed) for split in ("train", "val"))
@@ -180,8 +180,8 @@ def ablate(options: AblateConfig) -> list[str]:
     Raises:
         ValueError: No seeds, or a preset of another data set without the labels that scores need.
     """
-    from dmsa.engine.logging import git_commit
-    from dmsa.engine.trainer import train
+    from dmsa.training.progress import git_commit
+    from dmsa.training.trainer import train
 
     if not options.seeds:
         raise ValueError(f"{options.seeds=}: expected one seed at least")

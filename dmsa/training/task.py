@@ -11,75 +11,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dmsa import losses as terms
 from dmsa.config import Config
-from dmsa.engine.sampler import mix
+from dmsa.data.classes import Classes
 from dmsa.labels.cam import CAMS
 from dmsa.labels.fuse import negative_label, normalize_cam, pseudo_label
 from dmsa.models.encoder import Attended, Encoder
+from dmsa.models.schedule import dilations_for_epoch, evaluation_rates, grid_aware, negative_weight
 from dmsa.models.segmenter import Segmenter
 from dmsa.models.teacher import Teacher
-from dmsa.schedule import dilations_for_epoch, grid_aware, negative_weight
+from dmsa.random import mix
+from dmsa.training import losses as terms
 
 LOSSES = ("seg", "ce", "un", "cls")
 COUNTS = ("pixels", "background", "rest", "uncertain", "images")
-
-
-@dataclass(frozen=True)
-class Classes:
-    """What a task, a checkpoint and a picture need to know about a data set."""
-
-    name: str
-    classes: tuple[str, ...]
-    palette: np.ndarray
-    things_only: bool
-    n_things: int
-    n_stuff: int
-
-    @classmethod
-    def of(cls, dataset: Any) -> Classes:
-        """Read them off a data set."""
-        return cls(
-            dataset.name,
-            tuple(dataset.classes),
-            np.asarray(dataset.palette, dtype=np.uint8),
-            bool(dataset.things_only),
-            int(dataset.n_things),
-            int(dataset.n_stuff),
-        )
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes, the background of things data included."""
-        return len(self.classes)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return plain values for a checkpoint."""
-        return {
-            "name": self.name,
-            "classes": list(self.classes),
-            "palette": torch.from_numpy(self.palette.copy()),
-            "things_only": self.things_only,
-            "n_things": self.n_things,
-            "n_stuff": self.n_stuff,
-        }
-
-    @classmethod
-    def from_state_dict(cls, state: Mapping[str, Any]) -> Classes:
-        """Undo `state_dict`."""
-        return cls(
-            state["name"],
-            tuple(state["classes"]),
-            state["palette"].numpy(),
-            state["things_only"],
-            state["n_things"],
-            state["n_stuff"],
-        )
 
 
 @dataclass(frozen=True)
@@ -242,12 +190,3 @@ class Task:
     def _background(self, label: Tensor) -> Tensor:
         """Return the half of Eq. 6 that a pixel is in: background, or (data with stuff) stuff."""
         return label == 0 if self.classes.things_only else label >= self.classes.n_things
-
-
-def evaluation_rates(config: Config, epoch: int, grid: tuple[int, int]) -> tuple[int, ...]:
-    """Return the rates for evaluating weights that were last trained in `epoch`, on a token grid (h, w)."""
-    if config.rates.eval_rates == "fixed":
-        rates: tuple[int, ...] = config.rates.fixed_rates
-    else:
-        rates = dilations_for_epoch(epoch, config.rates.epoch_base)
-    return grid_aware(rates, grid) if config.rates.grid_aware else rates

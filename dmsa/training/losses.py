@@ -31,7 +31,7 @@ def bootstrapping_loss(
         logits: [B, K, h, w].
         label: int64 [B, h, w].
         negative: int64 [B, h, w] from `negative_label`; `None` before the first snapshot.
-        alpha: weight of the second term, see `dmsa.schedule.negative_weight`.
+        alpha: weight of the second term, see `dmsa.models.schedule.negative_weight`.
         ignore_index: pixels with this label count neither here nor there.
         reduction: `mean` over the pixels that count, or `none` for the map [B, h, w] with 0 where ignored.
     """

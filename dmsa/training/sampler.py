@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch.utils.data import Sampler
 
+from dmsa.random import mix
+
 
 class EpochBatches(Sampler[list[int]]):
     """Batches of one process. All processes draw the same permutation and take their part of every global batch.
@@ -65,12 +67,3 @@ class EpochBatches(Sampler[list[int]]):
         for step in range(self.start, self.steps):
             begin = step * self.batch + self.rank * share
             yield order[begin : begin + share].tolist()
-
-
-def mix(seed: int, number: int) -> int:
-    """Return a seed for the pair, so that neighbouring seeds and numbers share no stream (splitmix64's finaliser)."""
-    mask = 2**64 - 1
-    value = (seed * 0x9E3779B97F4A7C15 + number + 1) & mask
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & mask
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & mask
-    return (value ^ (value >> 31)) >> 1

@@ -21,11 +21,11 @@ from dmsa.config import Config, resolve_method
 from dmsa.data.base import IGNORE
 from dmsa.labels.cam import CAMS
 from dmsa.labels.fuse import fuse, refine_scores
-from dmsa.metrics import Histogram, Scores, scores
 from dmsa.models.encoder import Encoder, build_encoder
+from dmsa.scoring.metrics import Histogram, Scores, scores
 
 if TYPE_CHECKING:
-    from dmsa.engine.trainer import Trainer
+    from dmsa.training.trainer import Trainer
 
 TOLERANCE = 2
 """Pixels by which a boundary may be off in the boundary F-score."""
@@ -201,7 +201,7 @@ def untrained_rows(config: Config, dataset: Any, encoder: Encoder, centroids: Te
 
 def transfgu_row(config: Config, trainer: Trainer) -> dict[str, Any]:
     """Train TransFGU (pyramid, PAR and segmentation loss off) with the same data, seed and budget; return its row."""
-    from dmsa.engine.trainer import Trainer as Runner
+    from dmsa.training.trainer import Trainer as Runner
 
     twin = resolve_method(dataclasses.replace(config, method="transfgu", out=str(Path(config.out) / "transfgu")))
     runner = Runner(twin, trainer.device, trainer.argv)
@@ -223,7 +223,7 @@ def score_baselines(config: Config, trainer: Trainer) -> list[dict[str, Any]]:
 
     All processes call this; the untrained rows are made by the first.
     """
-    from dmsa.engine import distributed
+    from dmsa import distributed
 
     if not config.train.baselines or getattr(trainer.val_data, "labels_from", None) is None:
         return []

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from dmsa.config import Config
+
 RATE_TABLE = (
     (1, 6, 12, 18),
     (1, 1, 2, 3),
@@ -98,3 +100,12 @@ def is_snapshot_epoch(epoch: int, start: int, interval: int | Sequence[int]) -> 
 def _check_epoch(epoch: int, name: str = "epoch") -> None:
     if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
         raise ValueError(f"{name}={epoch!r} is not an integer of at least 0")
+
+
+def evaluation_rates(config: Config, epoch: int, grid: tuple[int, int]) -> tuple[int, ...]:
+    """Return the rates for evaluating weights that were last trained in `epoch`, on a token grid (h, w)."""
+    if config.rates.eval_rates == "fixed":
+        rates: tuple[int, ...] = config.rates.fixed_rates
+    else:
+        rates = dilations_for_epoch(epoch, config.rates.epoch_base)
+    return grid_aware(rates, grid) if config.rates.grid_aware else rates

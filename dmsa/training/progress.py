@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from dmsa.engine.distributed import is_main
-from dmsa.engine.files import cannot_write
+from dmsa.distributed import is_main
+from dmsa.files import cannot_write
 
 
 class MetricsLog:

@@ -9,11 +9,10 @@ import itertools
 import json
 import math
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,12 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from dmsa import distributed
 from dmsa.data.base import CorruptImageError, few, read_mask, table
 from dmsa.data.folder import walk
 from dmsa.data.transforms import normalise, to_tensor
-from dmsa.engine import distributed
-from dmsa.metrics import Histogram, Scores, scores, things_of
-from dmsa.protocols import Protocol
+from dmsa.scoring.metrics import Histogram, Scores, scores, things_of
+from dmsa.scoring.protocols import Protocol
 
 UPSAMPLED_VALUES = 2**26  # logits that are upsampled at once, at most: 256 MiB in fp32
 
@@ -485,107 +484,3 @@ def _report(
         partial=getattr(dataset, "total", 0) > getattr(dataset, "images", 0),
         matched=match,
     )
-
-
-@dataclass(frozen=True)
-class EvalOptions:
-    """Score a checkpoint, or a folder of predicted masks of any method, and print the paper's rows beside it."""
-
-    predictions: str | None = None
-    """Folder of predicted PNG masks (palette or grey, ids as pixels), named as the images."""
-    checkpoint: str | None = None
-    """Run folder or checkpoint file of a training run."""
-    name: Literal["shapes", "voc", "voc_aug", "coco80", "coco_stuff27", "folder"] | None = None
-    """Data set; a checkpoint knows its own."""
-    root: str | None = None
-    """Folder of the data set; a checkpoint knows its own."""
-    protocol: Literal["transfgu", "stego", "native"] = "transfgu"
-    """transfgu: the paper's tables. stego: curated set, centre crop. native: the annotation's own size."""
-    size: int | None = None
-    """Side in pixels of the network's input: 320 if unset, or what the checkpoint was trained with."""
-    images: int | None = None
-    """Score only so many images, spread over the set; such a score is not comparable."""
-    match: bool = True
-    """Match predicted ids to classes (one Hungarian match); off: predictions are class ids already."""
-    allow_missing: bool = False
-    """Score a folder although some images have no prediction; the report says how many."""
-    method: str | None = None
-    """Name of this row in the tables."""
-    format: Literal["text", "markdown", "json"] = "text"
-    """What is printed."""
-    out: str | None = None
-    """Folder for eval.txt, eval.md, eval.json and confusion.png."""
-    batch: int = 16
-    """Images per forward pass."""
-    workers: int = 2
-    """Processes that decode images."""
-
-
-def main(argv: list[str]) -> int:
-    """Run `dmsa eval` with `argv` and return the exit status.
-
-    Raises:
-        ValueError: options that contradict each other, or bad data.
-        FileNotFoundError: files are missing.
-    """
-    import tyro
-
-    options = tyro.cli(EvalOptions, args=argv, prog="dmsa eval")
-    if (options.predictions is None) == (options.checkpoint is None):
-        raise ValueError(
-            "expected one of --predictions and --checkpoint, got " + ("both" if options.checkpoint else "none")
-        )
-    with distributed.process_group():
-        report = _run(options)
-        if not distributed.is_main():
-            return 0
-        print({"text": report.text, "markdown": report.markdown, "json": report.json}[options.format]())
-        if options.out is not None:
-            written = report.write(options.out)
-            print(f"wrote {', '.join(map(str, written))}", file=sys.stderr)
-    return 0
-
-
-def _run(options: EvalOptions) -> Report:
-    import dataclasses
-
-    from dmsa.config import DataConfig
-    from dmsa.data import build
-
-    if options.checkpoint is None:
-        if options.name is None:
-            raise ValueError("--predictions needs --name, the data set to score against")
-        config, seed = DataConfig(name=options.name), 0
-        predictor = None
-    else:
-        from dmsa.engine.predict import load_predictor
-
-        predictor = load_predictor(options.checkpoint)
-        config, seed = predictor.config.data, predictor.config.train.seed
-    changes: dict[str, Any] = {"val_images": options.images or config.val_images}
-    if options.name is not None:
-        changes["name"] = options.name
-    if options.root is not None:
-        changes["root"] = options.root
-    if options.size is not None:
-        changes["size"] = options.size
-    config = dataclasses.replace(config, **changes)
-    dataset = build(config, "val", seed)
-    protocol = Protocol(options.protocol, config.size)
-    common = {"batch": options.batch, "workers": options.workers, "progress": sys.stderr.isatty()}
-    if predictor is None:
-        return evaluate_predictions(
-            options.predictions,
-            dataset,
-            protocol,
-            match=options.match,
-            allow_missing=options.allow_missing,
-            method=options.method,
-            **common,
-        )
-    name = options.method or Path(options.checkpoint).name
-    return evaluate(lambda images: predictor.predict(images, None), dataset, protocol, method=name, **common)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

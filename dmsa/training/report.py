@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,8 +13,9 @@ from PIL import Image
 
 from dmsa.config import Config, deviations
 from dmsa.data.base import few, table
-from dmsa.engine.task import Classes, Task
-from dmsa.visualize import colourise, heatmap, panel
+from dmsa.data.classes import Classes
+from dmsa.training.task import Task
+from dmsa.visualize import colourise, heatmap, panel, predicted_palette
 
 
 def draw_panels(
@@ -64,33 +64,6 @@ def draw_panels(
     return panel(rows, legend=legend)
 
 
-def predicted_palette(classes: Classes, assignment: Sequence[int] | None) -> np.ndarray:
-    """Return the colours of predicted ids: those of the classes that they were matched with."""
-    palette = np.array(classes.palette)
-    if assignment is not None:
-        palette = palette.copy()
-        palette[np.asarray(assignment)] = classes.palette
-    return palette
-
-
-def predicted_names(classes: Classes, assignment: Sequence[int] | None) -> list[str]:
-    """Return the names of predicted ids: those of the classes that they were matched with, else `cluster n`."""
-    if assignment is None:
-        first = ["background"] if classes.things_only else []
-        return [*first, *(f"cluster {n}" for n in range(len(first), classes.num_classes))]
-    names = list(classes.classes)
-    for name, predicted in zip(classes.classes, assignment, strict=True):
-        names[predicted] = name
-    return names
-
-
-def png_bytes(image: Image.Image) -> bytes:
-    """Return an image as the bytes of a PNG file."""
-    stream = io.BytesIO()
-    image.save(stream, format="PNG")
-    return stream.getvalue()
-
-
 def _labels(batch: torch.Tensor) -> np.ndarray:
     return batch[0].cpu().numpy()
 
@@ -113,7 +86,7 @@ def report_text(
     Args:
         config: the run.
         classes: of the data.
-        scores: one entry an evaluation, see `dmsa.engine.trainer`.
+        scores: one entry an evaluation, see `dmsa.training.trainer`.
         best: one of them.
         baselines: rows with `method`, `miou`, `accuracy` (percent), `protocol`, `source`.
         command: how the run was started.

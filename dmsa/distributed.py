@@ -1,7 +1,6 @@
 """Processes: started by torchrun or alone, the same calls work in both cases.
 
-Nothing here needs `torch.distributed` to be initialised; with one process every function is the identity. Data and
-method code import these inside functions, so that they run without the engine as well.
+Nothing here needs `torch.distributed` to be initialised; with one process every function is the identity.
 """
 
 from __future__ import annotations

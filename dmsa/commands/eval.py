@@ -1,0 +1,115 @@
+"""`dmsa eval`: score a checkpoint, or a folder of predicted masks of any method, with the paper's rows beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from dmsa import distributed
+from dmsa.config import DataConfig
+from dmsa.data import build
+from dmsa.scoring.evaluate import Report, evaluate, evaluate_predictions
+from dmsa.scoring.protocols import Protocol
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """Score a checkpoint, or a folder of predicted masks of any method, and print the paper's rows beside it."""
+
+    predictions: str | None = None
+    """Folder of predicted PNG masks (palette or grey, ids as pixels), named as the images."""
+    checkpoint: str | None = None
+    """Run folder or checkpoint file of a training run."""
+    name: Literal["shapes", "voc", "voc_aug", "coco80", "coco_stuff27", "folder"] | None = None
+    """Data set; a checkpoint knows its own."""
+    root: str | None = None
+    """Folder of the data set; a checkpoint knows its own."""
+    protocol: Literal["transfgu", "stego", "native"] = "transfgu"
+    """transfgu: the paper's tables. stego: curated set, centre crop. native: the annotation's own size."""
+    size: int | None = None
+    """Side in pixels of the network's input: 320 if unset, or what the checkpoint was trained with."""
+    images: int | None = None
+    """Score only so many images, spread over the set; such a score is not comparable."""
+    match: bool = True
+    """Match predicted ids to classes (one Hungarian match); off: predictions are class ids already."""
+    allow_missing: bool = False
+    """Score a folder although some images have no prediction; the report says how many."""
+    method: str | None = None
+    """Name of this row in the tables."""
+    format: Literal["text", "markdown", "json"] = "text"
+    """What is printed."""
+    out: str | None = None
+    """Folder for eval.txt, eval.md, eval.json and confusion.png."""
+    batch: int = 16
+    """Images per forward pass."""
+    workers: int = 2
+    """Processes that decode images."""
+
+
+def main(argv: list[str]) -> int:
+    """Run `dmsa eval` with `argv` and return the exit status.
+
+    Raises:
+        ValueError: options that contradict each other, or bad data.
+        FileNotFoundError: files are missing.
+    """
+    import tyro
+
+    options = tyro.cli(EvalOptions, args=argv, prog="dmsa eval")
+    if (options.predictions is None) == (options.checkpoint is None):
+        raise ValueError(
+            "expected one of --predictions and --checkpoint, got " + ("both" if options.checkpoint else "none")
+        )
+    with distributed.process_group():
+        report = _run(options)
+        if not distributed.is_main():
+            return 0
+        print({"text": report.text, "markdown": report.markdown, "json": report.json}[options.format]())
+        if options.out is not None:
+            written = report.write(options.out)
+            print(f"wrote {', '.join(map(str, written))}", file=sys.stderr)
+    return 0
+
+
+def _run(options: EvalOptions) -> Report:
+
+    if options.checkpoint is None:
+        if options.name is None:
+            raise ValueError("--predictions needs --name, the data set to score against")
+        config, seed = DataConfig(name=options.name), 0
+        predictor = None
+    else:
+        from dmsa.scoring.predictor import load_predictor
+
+        predictor = load_predictor(options.checkpoint)
+        config, seed = predictor.config.data, predictor.config.train.seed
+    changes: dict[str, Any] = {"val_images": options.images or config.val_images}
+    if options.name is not None:
+        changes["name"] = options.name
+    if options.root is not None:
+        changes["root"] = options.root
+    if options.size is not None:
+        changes["size"] = options.size
+    config = dataclasses.replace(config, **changes)
+    dataset = build(config, "val", seed)
+    protocol = Protocol(options.protocol, config.size)
+    common = {"batch": options.batch, "workers": options.workers, "progress": sys.stderr.isatty()}
+    if predictor is None:
+        return evaluate_predictions(
+            options.predictions,
+            dataset,
+            protocol,
+            match=options.match,
+            allow_missing=options.allow_missing,
+            method=options.method,
+            **common,
+        )
+    name = options.method or Path(options.checkpoint).name
+    return evaluate(lambda images: predictor.predict(images, None), dataset, protocol, method=name, **common)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,113 @@
+"""`dmsa predict`: segment images with a checkpoint, as palette PNGs and as overlays with class names."""
+
+from __future__ import annotations
+
+import glob
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tyro
+from PIL import Image
+
+from dmsa.data.base import IMAGE_SUFFIXES, CorruptImageError, decode, few, open_image
+from dmsa.files import write_atomically
+from dmsa.scoring.predictor import load_predictor
+from dmsa.visualize import name_regions, overlay, png_bytes
+
+
+@dataclass(frozen=True)
+class PredictOptions:
+    """Segment images with a checkpoint: one palette PNG of class ids and one overlay with class names for each."""
+
+    images: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES", help_behavior_hint="")]
+    """Image files, folders of images, or quoted patterns."""
+    checkpoint: str
+    """Run folder (its best checkpoint) or checkpoint file of train.py."""
+    out: str = "predictions"
+    """Folder for NAME.png (class ids, VOC-style palette) and NAME_overlay.png."""
+    overlay: bool = True
+    """Also write the overlays."""
+
+
+def find_images(words: Sequence[str]) -> list[Path]:
+    """Return the image files that files, folders and patterns name, in order and once each.
+
+    Raises:
+        FileNotFoundError: a word that names nothing.
+        ValueError: no words.
+    """
+    if not words:
+        raise ValueError("IMAGES is empty: name image files, folders or patterns")
+    found: dict[Path, None] = {}
+    for word in words:
+        path = Path(word)
+        if path.is_dir():
+            inside = sorted(item for item in path.rglob("*") if item.suffix.lower() in IMAGE_SUFFIXES)
+        elif path.is_file():
+            inside = [path]
+        else:
+            inside = [Path(item) for item in sorted(glob.glob(word, recursive=True)) if Path(item).is_file()]
+        if not inside:
+            raise FileNotFoundError(
+                f"IMAGES={word!r} is no image, no folder with images ({', '.join(IMAGE_SUFFIXES)}) and no pattern that "
+                "matches one"
+            )
+        found.update(dict.fromkeys(inside))
+    return list(found)
+
+
+def output_names(paths: Sequence[Path]) -> list[str]:
+    """Return a name for every file: its stem, with as many folders before it as it takes to tell them apart."""
+    depth = 1
+    names = [path.stem for path in paths]
+    while len(set(names)) < len(names) and depth < max(len(path.parts) for path in paths):
+        depth += 1
+        counts = {name: names.count(name) for name in names}
+        names = [
+            "_".join([*path.parent.parts[1 - depth :], path.stem]).replace("/", "") if counts[name] > 1 else name
+            for path, name in zip(paths, names, strict=True)
+        ]
+    if len(set(names)) < len(names):
+        names = [f"{path.stem}_{path.suffix[1:]}" for path in paths]
+    return names
+
+
+def main(argv: list[str]) -> int:
+    """Run `dmsa predict` with `argv` and return the exit status: 1 if an image could not be read."""
+    options = tyro.cli(PredictOptions, args=argv, prog="dmsa predict")
+    paths = find_images(options.images)
+    predictor = load_predictor(options.checkpoint)
+    folder = Path(options.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    palette = predictor.classes.palette
+    names = predictor.classes.classes if predictor.assignment is not None else predictor.names
+    broken = []
+    for path, name in zip(paths, output_names(paths), strict=True):
+        try:
+            with open_image(path) as opened:
+                picture = decode(path, lambda opened=opened: opened.convert("RGB"))
+        except CorruptImageError as error:
+            broken.append(path)
+            print(f"skipped: {error}", file=sys.stderr)
+            continue
+        ids = predictor.segment(picture)
+        mask = Image.fromarray(ids, mode="P")
+        mask.putpalette(palette.tobytes())
+        _write_png(folder / f"{name}.png", mask)
+        if options.overlay:
+            drawn = name_regions(overlay(np.asarray(picture), ids, palette), ids, names)
+            _write_png(folder / f"{name}_overlay.png", Image.fromarray(drawn))
+    print(f"{len(paths) - len(broken)} images segmented into {folder} (epoch {predictor.epoch + 1})")
+    if broken:
+        print(f"{len(broken)} of {len(paths)} images could not be read: {few(broken)}", file=sys.stderr)
+    if predictor.assignment is None:
+        print("this run was never scored: ids are clusters without names", file=sys.stderr)
+    return 1 if broken else 0
+
+
+def _write_png(path: Path, image: Image.Image) -> None:
+    write_atomically(path, lambda stream: stream.write(png_bytes(image)))

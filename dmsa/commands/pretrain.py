@@ -1,0 +1,20 @@
+"""`dmsa pretrain`: make a backbone for people without DINO weights."""
+
+from __future__ import annotations
+
+import sys
+
+from dmsa.pretrain import PretrainConfig, pretrain
+
+
+def main(argv: list[str]) -> int:
+    """``dmsa pretrain``: parse, train, report."""
+    import tyro
+
+    config = tyro.cli(PretrainConfig, args=argv, prog="dmsa pretrain", description=PretrainConfig.__doc__)
+    try:
+        pretrain(config)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"dmsa pretrain: {error}", file=sys.stderr)
+        return 1
+    return 0

@@ -1,0 +1,1 @@
+"""Predictions against labels: protocols, metrics, evaluation, tables."""
