@@ -13,10 +13,11 @@ import torch
 import yaml
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dmsa import checkpoint, logging
+from dmsa import checkpoint
 from dmsa.config import Config, load_preset
 from dmsa.data.classes import Classes
 from dmsa.models.encoder import build_encoder
+from dmsa.training import progress
 from dmsa.training.losses import total_loss
 from dmsa.training.run import RunFolder, launch_command
 from dmsa.training.task import Task
@@ -280,7 +281,7 @@ def test_a_run_that_cannot_start_says_so_in_one_line(tmp_path, capsys, options, 
 def test_full_disk_while_logging_names_the_file(tmp_path, finished, monkeypatch, victim):
     out = tmp_path / "run"
     train(tiny_config(out, epochs=1), ["train.py"])
-    log = logging.MetricsLog.write
+    log = progress.MetricsLog.write
 
     def full(self, kind, step, values):
         if step == 4:
@@ -291,7 +292,7 @@ def test_full_disk_while_logging_names_the_file(tmp_path, finished, monkeypatch,
                 self._board.add_scalar = lambda *_: stream.write(b"x" * 100000)
         log(self, kind, step, values)
 
-    monkeypatch.setattr(logging.MetricsLog, "write", full)
+    monkeypatch.setattr(progress.MetricsLog, "write", full)
     with pytest.raises(OSError, match=rf"could not write \S*{victim}: the disk is full.*The checkpoints are intact"):
         train(tiny_config(out), ["train.py"])
     monkeypatch.undo()
