@@ -1,12 +1,70 @@
-"""Writing files so that a reader never sees half of one, whenever the writer dies."""
+"""Writing files: nothing is replaced unasked, and a reader never sees half of one, whenever the writer dies."""
 
 from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import BinaryIO
+
+
+def claim_outputs(
+    folder: str | Path,
+    names: Iterable[str],
+    *,
+    inputs: Iterable[str | Path] = (),
+    force: bool = False,
+    option: str = "--out",
+) -> list[Path]:
+    """Make `folder` and return the files `names` in it, once it is known that writing them harms nothing.
+
+    Args:
+        folder: where to write; made if it does not exist.
+        names: relative names of all files that will be written.
+        inputs: files that are read, and must stay; `force` does not give them up.
+        force: files that are there already may be replaced.
+        option: what the user calls the folder, for messages.
+
+    Raises:
+        ValueError: two outputs have the same name, or one is an input; nothing was made.
+        FileExistsError: an output is there already, and not `force`; nothing was made.
+        OSError: the folder cannot be made or written; `option` is named.
+    """
+    folder = Path(folder)
+    paths = [folder / name for name in names]
+    if twice := [str(path) for path, count in Counter(paths).items() if count > 1]:
+        raise ValueError(f"{_some(twice)}: several inputs would be written there; rename them, or take them one by one")
+    there = {path: _identity(path) for path in paths if os.path.lexists(path)}
+    read = {_identity(path): path for path in inputs} if there else {}
+    if eaten := [str(read[mark]) for mark in there.values() if mark is not None and mark in read]:
+        raise ValueError(f"{option}={str(folder)!r} would replace what is read: {_some(eaten)}; choose another folder")
+    if wrong := [str(path) for path in there if path.is_dir()]:
+        raise FileExistsError(f"{_some(wrong)}: a folder, where a file is to be written; choose another {option}")
+    if there and not force:
+        raise FileExistsError(f"{_some(list(map(str, there)))}: there already; --force replaces, or another {option}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = "there is a file of this name" if isinstance(error, FileExistsError) else error.strerror
+        raise OSError(error.errno, f"{option}={str(folder)!r} cannot be made: {reason}; choose another") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, f"{option}={str(folder)!r} is not writable; choose another")
+    return paths
+
+
+def _identity(path: str | Path) -> tuple[int, int] | None:
+    """Return what two names of the same file share; `None` for a link that leads nowhere."""
+    try:
+        state = os.stat(path)
+    except OSError:
+        return None
+    return state.st_dev, state.st_ino
+
+
+def _some(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
 def write_atomically(path: str | Path, write: Callable[[BinaryIO], object], *, consequence: str = "") -> Path:

@@ -1,0 +1,57 @@
+import os
+import re
+
+import pytest
+
+from dmsa.files import claim_outputs
+
+
+def test_outputs_are_claimed_in_a_folder_that_is_made(tmp_path):
+    paths = claim_outputs(tmp_path / "new/deep", ["a.png", "b.png"], inputs=[tmp_path / "a.png"])
+    assert paths == [tmp_path / "new/deep/a.png", tmp_path / "new/deep/b.png"]
+    assert list((tmp_path / "new/deep").iterdir()) == []
+
+
+def test_two_outputs_of_one_name_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path}/new/a.png: several inputs")):
+        claim_outputs(tmp_path / "new", ["a.png", "b.png", "./a.png"], force=True)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("how", ["itself", "symbolic link", "hard link", "another way"])
+def test_an_input_is_never_replaced(tmp_path, how):
+    photo = tmp_path / "photos/a.png"
+    photo.parent.mkdir()
+    photo.write_bytes(b"pixels")
+    out = tmp_path / "out"
+    if how in ("itself", "another way"):
+        out = photo.parent if how == "itself" else tmp_path / "photos/../photos"
+    else:
+        out.mkdir()
+        (os.symlink if how == "symbolic link" else os.link)(photo, out / "a.png")
+    for force in (False, True):
+        with pytest.raises(ValueError, match=rf"--into='{out}' would replace what is read: {photo}"):
+            claim_outputs(out, ["a.png"], inputs=[photo], force=force, option="--into")
+
+
+def test_what_is_there_stays_unless_forced(tmp_path):
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(b"old")
+    os.symlink(tmp_path / "nowhere", tmp_path / "c.png")
+    with pytest.raises(FileExistsError, match=r"a\.png and 2 more: there already; --force"):
+        claim_outputs(tmp_path, ["a.png", "b.png", "c.png", "d.png"])
+    assert len(claim_outputs(tmp_path, ["a.png", "c.png"], force=True)) == 2
+    (tmp_path / "e.png").mkdir()
+    with pytest.raises(FileExistsError, match=r"e\.png: a folder, where a file is to be written"):
+        claim_outputs(tmp_path, ["e.png"], force=True)
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(OSError, match=r"--out='.*file' cannot be made: there is a file of this name"):
+        claim_outputs(tmp_path / "file", ["a"])
+    with pytest.raises(OSError, match=r"--out='.*file/below' cannot be made: Not a directory"):
+        claim_outputs(tmp_path / "file/below", ["a"])
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # the super-user may write anywhere
+    with pytest.raises(PermissionError, match=r"--out='.*' is not writable"):
+        claim_outputs(tmp_path, ["a"])
