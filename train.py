@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, TypeError, OSError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
-    from dmsa.training.trainer import CANNOT_START, started
+    from dmsa.training.session import CANNOT_START, complete, started
 
     with contextlib.ExitStack() as stack:
         try:
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"train.py: error: {error}", file=sys.stderr)
             return 2
         try:
-            trainer.run()
+            complete(trainer)
         except KeyboardInterrupt:
             newest = trainer.store.newest()
             goes_on = f"goes on from {newest}" if newest else "begins again: there is no checkpoint yet"

@@ -34,8 +34,8 @@ from dmsa.data.base import colour_map
 from dmsa.data.classes import Classes
 from dmsa.data.transforms import TrainTransform
 from dmsa.training import task as training_task
+from dmsa.training.setup import build_optimizer
 from dmsa.training.task import Prepared, Task
-from dmsa.training.trainer import build_optimizer
 
 EPOCH = 5
 """An epoch with a teacher and negative labels."""

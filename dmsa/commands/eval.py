@@ -11,8 +11,9 @@ from typing import Any, Literal
 from dmsa import distributed
 from dmsa.config import DataConfig
 from dmsa.data import build
-from dmsa.scoring.evaluate import Report, evaluate, evaluate_predictions
+from dmsa.scoring.evaluate import evaluate, evaluate_predictions
 from dmsa.scoring.protocols import Protocol
+from dmsa.scoring.table import Report
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,6 @@ def main(argv: list[str]) -> int:
 
 
 def _run(options: EvalOptions) -> Report:
-
     if options.checkpoint is None:
         if options.name is None:
             raise ValueError("--predictions needs --name, the data set to score against")

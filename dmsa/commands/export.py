@@ -5,20 +5,18 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 import tyro
-from torch import Tensor, nn
+from torch import Tensor
 
 from dmsa.config import to_dict
 from dmsa.files import write_atomically
+from dmsa.models.export import Deployed, run_onnx, to_onnx, to_program
 from dmsa.scoring.predictor import Predictor, load_predictor
 
 
@@ -38,106 +36,6 @@ class ExportOptions:
     """Images per call of the program and the graph."""
     tolerance: float = 1e-4
     """Largest difference to the trained model's scores that passes the check."""
-
-
-class Deployed(nn.Module):
-    """Images `[B, 3, S, S]`, ImageNet-normalised, to class scores `[B, K, S, S]`: what is exported.
-
-    Channels are classes of the data set where the run was scored, else predicted ids.
-    """
-
-    def __init__(self, predictor: Predictor, size: int) -> None:
-        super().__init__()
-        # Nothing is trained from here on, and a program may not hold constants that ask for gradients.
-        self.segmenter = predictor.segmenter.requires_grad_(False)
-        patch = predictor.segmenter.encoder.patch_size
-        self.rates = predictor.rates((size // patch, size // patch))
-        order = predictor.assignment or list(range(predictor.classes.num_classes))
-        self.register_buffer("order", torch.tensor(order), persistent=False)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the scores, bilinearly enlarged to the images' size."""
-        logits = self.segmenter(images, self.rates)["logits"]
-        return F.interpolate(logits, images.shape[-2:], mode="bilinear", align_corners=False)[:, self.order]
-
-
-def plain_dwconv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, dilations: Sequence[int], reduce: str, backend: str
-) -> Tensor:
-    """Say the multi-dilation depthwise operator in convolutions, so that a program needs no library to run."""
-    branches, channels, side, _ = weight.shape
-    outputs = []
-    for branch in range(branches):
-        dilation = int(dilations[branch])
-        outputs.append(
-            F.conv2d(
-                x,
-                weight[branch].unsqueeze(1).to(x.dtype),
-                None if bias is None else bias[branch].to(x.dtype),
-                padding=dilation * (side // 2),
-                dilation=dilation,
-                groups=channels,
-            )
-        )
-    return torch.stack(outputs).sum(0) if reduce == "sum" else torch.cat(outputs, 1)
-
-
-def to_program(model: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
-    """Return `model` as a `torch.export` program of ATen operators alone, for inputs of the shape of `example`."""
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        program = torch.export.export(model, (example,), strict=False)
-        operator = torch.ops.dmsa_kernels.multi_dilation_dwconv.default
-        return program.run_decompositions({operator: plain_dwconv})
-
-
-class _AsModule(nn.Module):
-    """A program's graph as a module that may be told to evaluate, which the graph itself refuses."""
-
-    def __init__(self, program: torch.export.ExportedProgram) -> None:
-        super().__init__()
-        self._graph = [program.module()]
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self._graph[0](images)
-
-
-def to_onnx(program: torch.export.ExportedProgram, example: Tensor) -> bytes:
-    """Return a program as an ONNX graph with input `images` and output `logits`.
-
-    Raises:
-        ImportError: `onnx` is not installed.
-    """
-    import onnx
-
-    stream = io.BytesIO()
-    # The exporter that needs nothing but onnx; it warns that there is a newer one, and traces a graph without branches.
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(
-            _AsModule(program),
-            (example,),
-            stream,
-            input_names=["images"],
-            output_names=["logits"],
-            dynamo=False,
-        )
-    content = stream.getvalue()
-    onnx.checker.check_model(onnx.load_from_string(content), full_check=True)
-    return content
-
-
-def run_onnx(content: bytes, images: np.ndarray) -> np.ndarray:
-    """Return the graph's output for `images`, by onnxruntime if it is installed, else by onnx's own interpreter."""
-    if importlib.util.find_spec("onnxruntime") is not None:
-        import onnxruntime
-
-        session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-        return session.run(None, {"images": images})[0]
-    import onnx
-    from onnx.reference import ReferenceEvaluator
-
-    return ReferenceEvaluator(onnx.load_from_string(content)).run(None, {"images": images})[0]
 
 
 def describe(predictor: Predictor, model: Deployed, size: int) -> dict[str, Any]:
@@ -173,7 +71,8 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"--size={size} must be a multiple of the encoder's patch size {patch}")
     if options.batch < 1:
         raise ValueError(f"--batch={options.batch} must be at least 1")
-    model = Deployed(predictor, size).eval()
+    order = predictor.assignment or range(predictor.classes.num_classes)
+    model = Deployed(predictor.segmenter, predictor.rates((size // patch, size // patch)), list(order)).eval()
     example = torch.randn(options.batch, 3, size, size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = model(example)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from dmsa.pretrain import PretrainConfig, pretrain
+from dmsa.pretrain.config import PretrainConfig
+from dmsa.pretrain.run import pretrain
 
 
 def main(argv: list[str]) -> int:

@@ -297,12 +297,11 @@ def build_encoder(name: str, weights: str | Path | None = None) -> Encoder:
 
 
 def _build_shipped(weights: str | Path | None) -> Encoder:
-    from dmsa.weights import shapes_vit_tiny
+    from dmsa.models.shapes_vit import WEIGHTS, shapes_vit_tiny
 
-    vit, path = shapes_vit_tiny()
-    encoder = Encoder(vit)
+    encoder = Encoder(shapes_vit_tiny())
     if str(weights) != "random":
-        load_weights(encoder, path if weights is None else weights, SHIPPED)
+        load_weights(encoder, WEIGHTS if weights is None else weights, SHIPPED)
     return encoder
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,10 +17,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dmsa.data.base import IMAGE_SUFFIXES, decode, few
+from dmsa.pretrain.config import PretrainConfig
+from dmsa.pretrain.loop import Recipe
 from dmsa.pretrain.quality import normalise
-
-if TYPE_CHECKING:
-    from dmsa.pretrain import PretrainConfig
 
 STUDENT_TEMPERATURE = 0.1
 SINKHORN_TEMPERATURE = 0.05
@@ -127,7 +125,7 @@ def random_crop(image: Tensor, size: int, scale: tuple[float, float], generator:
     return crop.clamp(0, 1)
 
 
-def build(config: PretrainConfig, vit: nn.Module):
+def build(config: PretrainConfig, vit: nn.Module) -> Recipe:
     """Modules, loss and after-step hook of the recipe, for `dmsa.pretrain.loop.run`.
 
     Raises:

@@ -23,6 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dmsa.pretrain.config import PretrainConfig
+from dmsa.pretrain.loop import Recipe
+from dmsa.pretrain.quality import normalise
+
 OPERATORS = ("product", "maximum", "minimum", "rings", "three_waves", "modulated", "patchwork")
 PERIOD = (5.0, 13.0)
 """Periods of the gratings, in pixels."""
@@ -369,3 +373,25 @@ def formula_loss(
         "accuracy_class": accuracy,
         "accuracy_patch": accuracy_patch,
     }
+
+
+def build(config: PretrainConfig, vit: nn.Module) -> Recipe:
+    """Modules, loss and after-step hook of the recipe, for `dmsa.pretrain.loop.run`."""
+    categories = draw_categories(config.categories, config.seed)
+    head = FormulaHead(vit.embed_dim, categories.operator)
+    patch = vit.patch_embed.patch_size[0]
+    # Several sizes keep attention and positions usable on grids that the training size does not have.
+    sizes = [max(patch, round(config.size * share / patch) * patch) for share in (2 / 3, 1, 1, 1, 4 / 3, 2)]
+
+    def loss_of_step(step: int, generator: torch.Generator) -> dict[str, Tensor]:
+        size = sizes[int(torch.randint(len(sizes), (1,), generator=generator))]
+        batch = max(1, config.batch * config.size**2 // size**2)  # the same number of pixels in every step
+        images, owner = draw_batch(categories, batch, size, generator)
+        names_only = step < NAMES_FIRST * config.steps
+        shift = None if names_only else torch.rand(batch, (size // patch) ** 2, generator=generator)
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
+            token, moved, attention = class_tokens(vit, normalise(images), shift)
+        wanted = targets(owner, patch, config.categories)
+        return formula_loss(head, token.float(), moved.float(), attention, wanted, shift, config.patch_weight)
+
+    return nn.ModuleDict({"vit": vit, "head": head}), loss_of_step, lambda step: None

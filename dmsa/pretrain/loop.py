@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dmsa.files import write_atomically
+
+Recipe = tuple[nn.ModuleDict, Callable[[int, torch.Generator], dict[str, Tensor]], Callable[[int], None]]
+"""What is trained; step number and generator → figures, `loss` among them; what follows a step."""
 WARMUP = 200
 """Steps of linear warm-up, or a tenth of the training where that is less."""
 
@@ -33,13 +36,6 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
     free_ids = {id(p) for p in free}
     decayed = [p for _, p in named if id(p) not in free_ids]
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
-
-
-def save(state: dict, path: Path) -> None:
-    """Write ``state`` beside ``path`` first, then move it there: a crash leaves the previous file whole."""
-    partial = path.with_name(path.name + ".partial")
-    torch.save(state, partial)
-    os.replace(partial, path)
 
 
 def run(
@@ -93,10 +89,9 @@ def run(
         step = state["step"]
 
     def checkpoint() -> None:
-        save(
-            {"modules": modules.state_dict(), "optimiser": optimiser.state_dict(), "step": step, "settings": settings},
-            last,
-        )
+        state = {"modules": modules.state_dict(), "optimiser": optimiser.state_dict()}
+        state |= {"step": step, "settings": settings}
+        write_atomically(last, lambda stream: torch.save(state, stream))
 
     parameters = [p for p in modules.parameters() if p.requires_grad]
     began = saved = time.monotonic()

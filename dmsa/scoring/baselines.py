@@ -1,75 +1,29 @@
 """What a score on the embedded data set is worth: baselines that need no training, and the labels before training.
 
-A run on `shapes` ends with these rows in its report: all background; k-means on patch colours and on the patch
-features of the untrained and of the given backbone; the labels that the class activation map gives before and after
-the refinement; and TransFGU, trained with the run's own budget.
+All background; k-means on patch colours and on the patch features of the untrained and of the given backbone; the
+labels that the class activation map gives before and after the refinement.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dmsa.config import Config, resolve_method
+from dmsa.config import Config
 from dmsa.data.base import IGNORE
 from dmsa.labels.cam import CAMS
 from dmsa.labels.fuse import fuse, refine_scores
 from dmsa.models.encoder import Encoder, build_encoder
+from dmsa.scoring.boundary import TOLERANCE, BoundaryScore
 from dmsa.scoring.metrics import Histogram, Scores, scores
 
-if TYPE_CHECKING:
-    from dmsa.training.trainer import Trainer
-
-TOLERANCE = 2
-"""Pixels by which a boundary may be off in the boundary F-score."""
 BATCH = 16
-
-
-def boundaries(label: Tensor) -> Tensor:
-    """Pixels whose right or lower neighbour has another class, bool ``[B, H, W]`` for ``label [B, H, W]``."""
-    edge = torch.zeros_like(label, dtype=torch.bool)
-    edge[:, :, :-1] |= label[:, :, 1:] != label[:, :, :-1]
-    edge[:, :-1] |= label[:, 1:] != label[:, :-1]
-    return edge
-
-
-class BoundaryScore:
-    """Boundary F-score of a set, whatever the classes are called: precision and recall of class borders.
-
-    Args:
-        tolerance: A border pixel counts as found if the other map has one within this many rows and columns.
-    """
-
-    def __init__(self, tolerance: int = TOLERANCE) -> None:
-        if tolerance < 0:
-            raise ValueError(f"{tolerance=}: expected a number of pixels, at least 0")
-        self.tolerance = tolerance
-        self.counts = np.zeros(4, dtype=np.int64)
-
-    def update(self, predicted: Tensor, label: Tensor) -> None:
-        """Count the borders of class maps ``[B, H, W]``; names of classes do not matter."""
-        found, wanted = boundaries(predicted), boundaries(label)
-        near_found, near_wanted = self._widen(found), self._widen(wanted)
-        hits = (found & near_wanted, found, wanted & near_found, wanted)
-        self.counts += np.array([int(hit.sum()) for hit in hits])
-
-    def _widen(self, edge: Tensor) -> Tensor:
-        size = 2 * self.tolerance + 1
-        return F.max_pool2d(edge[:, None].float(), size, stride=1, padding=self.tolerance)[:, 0] > 0
-
-    @property
-    def value(self) -> float:
-        """F-score in percent; 0 where nothing is found."""
-        hit, found, recalled, wanted = self.counts.tolist()
-        precision, recall = hit / max(found, 1), recalled / max(wanted, 1)
-        return 200 * precision * recall / (precision + recall) if precision + recall > 0 else 0.0
 
 
 def samples(dataset: Any) -> Iterator[dict[str, Tensor]]:
@@ -196,40 +150,4 @@ def untrained_rows(config: Config, dataset: Any, encoder: Encoder, centroids: Te
                 "source": f"{source}; boundary F {border:.1f} within {TOLERANCE} px",
             }
         )
-    return rows
-
-
-def transfgu_row(config: Config, trainer: Trainer) -> dict[str, Any]:
-    """Train TransFGU (pyramid, PAR and segmentation loss off) with the same data, seed and budget; return its row."""
-    from dmsa.training.trainer import Trainer as Runner
-
-    twin = resolve_method(dataclasses.replace(config, method="transfgu", out=str(Path(config.out) / "transfgu")))
-    runner = Runner(twin, trainer.device, trainer.argv)
-    try:
-        best = runner.run()["best"]
-    finally:
-        runner.close()
-    return {
-        "method": "transfgu (best epoch)",
-        "miou": 100 * best["miou"],
-        "accuracy": 100 * best["accuracy"],
-        "protocol": best["protocol"],
-        "source": f"same budget, epoch {best['epoch'] + 1}",
-    }
-
-
-def score_baselines(config: Config, trainer: Trainer) -> list[dict[str, Any]]:
-    """The rows that a finished run's report shows beside its own; for `train.baselines` only.
-
-    All processes call this; the untrained rows are made by the first.
-    """
-    from dmsa import distributed
-
-    if not config.train.baselines or getattr(trainer.val_data, "labels_from", None) is None:
-        return []
-    rows: list[dict[str, Any]] = []
-    if distributed.is_main():
-        rows = untrained_rows(config, trainer.val_data, trainer.encoder, trainer.centroids["vectors"])
-    if config.method != "transfgu":
-        rows.append(transfgu_row(config, trainer))
     return rows

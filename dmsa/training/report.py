@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,9 @@ import torch
 from PIL import Image
 
 from dmsa.config import Config, deviations
-from dmsa.data.base import few, table
+from dmsa.data.base import few
 from dmsa.data.classes import Classes
+from dmsa.scoring.table import markdown, paper_rows, percent, score_rows
 from dmsa.training.task import Task
 from dmsa.visualize import colourise, heatmap, panel, predicted_palette
 
@@ -117,14 +117,8 @@ def report_text(
         own = [_own_row(config, "this run, best epoch", best)]
         if scores[-1]["epoch"] != best["epoch"]:
             own.append(_own_row(config, "this run, last epoch", scores[-1]))
-        published = [row for row in table("paper")["rows"] if row["dataset"] == config.data.name]
-        lines += _table(
-            ["method", "mIoU", "accuracy", "protocol", "source"],
-            [
-                [row["method"], _percent(row["miou"]), _percent(row["accuracy"]), row["protocol"], row["source"]]
-                for row in [*own, *baselines, *published]
-            ],
-        )
+        published = paper_rows(config.data.name)
+        lines += markdown(score_rows([*own, *baselines, *published]))
         if not published:
             lines += ["", f"The paper has no row for {config.data.name}: its tables are on VOC 2012 and COCO."]
         lines += ["", f"mIoU and accuracy in percent. Protocol of this run's rows: {best['conditions']}.", ""]
@@ -146,16 +140,10 @@ def report_text(
     if best is not None:
         lines += [f"## Classes (epoch {best['epoch'] + 1})", ""]
         iou = zip(classes.classes, best["iou"], best["assignment"], strict=True)
-        lines += _table(["class", "IoU", "predicted id"], [[name, _percent(100 * v), str(k)] for name, v, k in iou])
+        lines += markdown([("class", "IoU", "predicted id"), *((name, percent(100 * v), k) for name, v, k in iou)])
         lines += ["", "## Epochs", ""]
-        lines += _table(
-            ["epoch", "step", "mIoU", "accuracy"],
-            [
-                [str(row["epoch"] + 1), str(row["step"]), _percent(100 * row["miou"]), _percent(100 * row["accuracy"])]
-                for row in scores
-            ],
-        )
-        lines += [""]
+        epochs = [(r["epoch"] + 1, r["step"], percent(100 * r["miou"]), percent(100 * r["accuracy"])) for r in scores]
+        lines += [*markdown([("epoch", "step", "mIoU", "accuracy"), *epochs]), ""]
     return "\n".join(lines)
 
 
@@ -167,12 +155,3 @@ def _own_row(config: Config, name: str, entry: Mapping[str, Any]) -> dict[str, A
         "protocol": entry["protocol"],
         "source": f"epoch {entry['epoch'] + 1}, {entry['images']} images",
     }
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None or math.isnan(value) else f"{value:.2f}"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    cells = [[str(cell).replace("|", "\\|") for cell in row] for row in rows]
-    return [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(row)} |" for row in cells)]

@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
 import os
-import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from dmsa import checkpoint, data, distributed
 from dmsa.checkpoint import Checkpoints
-from dmsa.config import Config, to_dict, validate
+from dmsa.config import Config, to_dict
 from dmsa.data.base import few
 from dmsa.data.classes import Classes
 from dmsa.files import write_atomically
@@ -31,25 +29,18 @@ from dmsa.models.encoder import build_encoder, fingerprint
 from dmsa.random import seed_everything
 from dmsa.scoring.evaluate import evaluate
 from dmsa.scoring.protocols import Protocol
+from dmsa.training.nonfinite import stop_nonfinite
 from dmsa.training.progress import MetricsLog, Progress, git_commit, say
 from dmsa.training.report import draw_panels, report_text
-from dmsa.training.run import FolderBusyError, RunFolder, launch_command
+from dmsa.training.run import RunFolder, launch_command
 from dmsa.training.sampler import EpochBatches
+from dmsa.training.setup import PRECISIONS, build_optimizer, check_sizes, set_up_torch
 from dmsa.training.task import LOSSES, Prepared, Task
 from dmsa.training.window import WATCHED, Window
 from dmsa.visualize import png_bytes
 
 ACTIVE_SHARE = 0.001
 """A class counts as active if it has at least this share of the labels."""
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-CANNOT_START = (ValueError, TypeError, OSError, FolderBusyError)
-"""Errors of `started` that are about options, data or files, and say so."""
-
-
-class NonFiniteLossError(FloatingPointError):
-    """A loss, or the gradient, became infinite or NaN."""
 
 
 @dataclasses.dataclass
@@ -74,38 +65,6 @@ class State:
     """Training images that could not be decoded, as far as they are logged."""
 
 
-def train(config: Config, argv: list[str] | None = None) -> dict[str, Any]:
-    """Train as `config` says, going on from the run folder's newest checkpoint if it has one.
-
-    Args:
-        config: a whole run.
-        argv: command line for the report; the process's own if None.
-
-    Returns:
-        `scores` (one dict an evaluation), `best` (one of them, or None), `folder`, `steps`.
-
-    Raises:
-        ValueError: configuration, world size, data or checkpoint do not fit; says how.
-        FileNotFoundError: data or weights are missing; says where to get them.
-        OSError: the run folder or a checkpoint cannot be written; the previous checkpoint is intact.
-        NonFiniteLossError: names the loss; the batch is in the run folder.
-    """
-    with started(config, argv) as trainer:
-        return trainer.run()
-
-
-@contextlib.contextmanager
-def started(config: Config, argv: list[str] | None = None) -> Iterator[Trainer]:
-    """Join the other processes, build the run and yield it; arguments and errors are those of `train`."""
-    validate(config)
-    with distributed.process_group() as device:
-        trainer = Trainer(config, device, sys.argv if argv is None else argv)
-        try:
-            yield trainer
-        finally:
-            trainer.close()
-
-
 class Trainer:
     """A run: what it consists of is built here, `run` drives it."""
 
@@ -115,7 +74,7 @@ class Trainer:
         self.folder: RunFolder | None = None
         self.log: MetricsLog | None = None
         self.state = State()
-        _set_up_torch(config)
+        set_up_torch(config)
 
         self.train_data = data.build(config.data, "train", config.train.seed)
         self.val_data = data.build(config.data, "val", config.train.seed)
@@ -132,7 +91,7 @@ class Trainer:
         seed_everything(config.train.seed)
         with distributed.main_first():
             self.encoder = build_encoder(config.model.encoder, config.model.weights).to(device)
-        self._check_sizes()
+        check_sizes(config, self.encoder)
         self.encoder_hash = fingerprint(self.encoder)
         distributed.on_main(lambda: self._open_folder())
         self.centroids = self._centroids(found)
@@ -176,24 +135,6 @@ class Trainer:
 
         distributed.on_main(read)
         return distributed.broadcast_state(found)
-
-    def _check_sizes(self) -> None:
-        """Check what depends on the encoder now, before hours go into the feature bank."""
-        patch, width = self.encoder.patch_size, self.encoder.embed_dim
-        for name in ("size", "crop"):
-            side = getattr(self.config.data, name)
-            if side % patch:
-                raise ValueError(
-                    f"data.{name}={side} is not a multiple of the patch size {patch} of {self.config.model.encoder}; "
-                    f"the nearest are {side // patch * patch} and {(side // patch + 1) * patch}"
-                )
-        heads = self.config.model.decoder_heads
-        if width % heads:
-            fitting = [number for number in range(1, 17) if width % number == 0]
-            raise ValueError(
-                f"model.decoder_heads={heads} does not divide the width {width} of {self.config.model.encoder}; "
-                f"choose one of {', '.join(map(str, fitting))}"
-            )
 
     def _open_folder(self) -> None:
         self.folder = RunFolder(self.config.out)
@@ -244,7 +185,7 @@ class Trainer:
     # Driving
 
     def run(self) -> dict[str, Any]:
-        """Train to the last epoch, evaluate, write the report; return what `train` returns."""
+        """Train to the last epoch, evaluating and reporting; return what `dmsa.training.session.train` returns."""
         config, state = self.config, self.state
         if state.epoch >= config.train.epochs:
             say(f"{config.out} has all {config.train.epochs} epochs; --train.epochs or another --out trains more")
@@ -256,7 +197,6 @@ class Trainer:
                 self._end_epoch()
         finally:
             self.progress.close()
-        self._report(finished=True)
         return {"scores": state.scores, "best": state.best, "folder": Path(config.out), "steps": state.step}
 
     def _train_epoch(self) -> None:
@@ -333,7 +273,13 @@ class Trainer:
         due = distributed.is_main() and minutes >= self.config.train.checkpoint_minutes
         means, labels, due, broken = self.window.read(due)
         if broken:
-            self._stop_nonfinite()
+            stop_nonfinite(
+                self.window.first_broken(),
+                self._remake,
+                Path(self.config.out) / "nonfinite",
+                epoch=self.state.epoch,
+                newest=self.store.newest(),
+            )
         if self._launcher not in (None, os.getppid()):
             # A launcher killed with SIGKILL stops nobody, and its processes would hold the run folder.
             raise RuntimeError(
@@ -360,37 +306,10 @@ class Trainer:
         )
         return due
 
-    def _stop_nonfinite(self) -> None:
-        """Save the first batch with a loss that is not finite, and stop every process."""
-        own = self.window.first_broken()
-        everyone = distributed.gather_objects(own)
-        step = min(item["step"] for item in everyone if item)
-        ranks = [rank for rank, item in enumerate(everyone) if item and item["step"] == step]
-        values = everyone[ranks[0]]["values"]
-        folder = Path(self.config.out) / "nonfinite"
-        kept = f"The batch is in {folder}"
-        if self.rank in ranks:
-            position = self.state.position - (self.state.step - step)
-            self.sampler.set_epoch(self.state.epoch, position)
-            # Samples depend on seed, epoch and index alone, so the batch can be made again.
-            batch = default_collate([self.train_data[index] for index in next(iter(self.sampler))])
-            saved = {**batch, "epoch": self.state.epoch, "step": step, "losses": own["values"]}
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                path = folder / f"step-{step:08d}-rank{self.rank}.pt"
-                write_atomically(path, lambda stream: torch.save(saved, stream))
-            except OSError as error:
-                kept = f"The batch could not be kept ({error})"
-        distributed.barrier()
-        newest = self.store.newest()
-        names = [name for name, value in values.items() if not math.isfinite(value)]
-        raise NonFiniteLossError(
-            f"{' and '.join(name for name in names if name != 'total' or len(names) == 1)} became "
-            f"{values[names[0]]} in step {step} (epoch {self.state.epoch + 1}) on rank {', '.join(map(str, ranks))}: "
-            f"{ {name: round(value, 4) for name, value in values.items()} }. {kept}; "
-            + (f"{newest} is intact" if newest else "no checkpoint was written yet")
-            + ". Try a smaller --train.lr, or --train.precision fp32"
-        )
+    def _remake(self, step: int) -> dict[str, Any]:
+        """Return this process's part of an earlier batch: samples depend on seed, epoch and index alone."""
+        self.sampler.set_epoch(self.state.epoch, self.state.position - (self.state.step - step))
+        return default_collate([self.train_data[index] for index in next(iter(self.sampler))])
 
     def _end_epoch(self) -> None:
         state, config = self.state, self.config
@@ -401,7 +320,7 @@ class Trainer:
         if (epoch + 1) % config.train.eval_every == 0 or epoch + 1 == config.train.epochs:
             improved = self._evaluate(epoch)
         self._save(best=improved)
-        self._report(finished=False)
+        self.report()
 
     def _skipped(self) -> list[str]:
         """Return the training images that no process could decode, in every process."""
@@ -477,11 +396,10 @@ class Trainer:
         share = self.config.train.micro_batch or self.config.train.batch // self.world_size
         return max(1, min(16, share * self.config.data.crop**2 // self.config.data.size**2))
 
-    def _report(self, finished: bool) -> None:
-        """Write report.md; with the baselines once the run is finished."""
-        baselines = self._baselines() if finished and self.state.best is not None else []
+    def report(self, baselines: Sequence[Mapping[str, Any]] = ()) -> Path | None:
+        """Write report.md, with the rows of `baselines` beside the run's own; return its path on rank 0."""
         if not distributed.is_main():
-            return
+            return None
         panels = sorted(path.name for path in self.folder.panels.glob("epoch-*.png"))
         text = report_text(
             self.config,
@@ -492,23 +410,13 @@ class Trainer:
             command=launch_command(self.argv),
             commit=git_commit(),
             panels=[f"panels/{name}" for name in panels[-1:]],
-            finished=finished,
+            finished=self.state.epoch >= self.config.train.epochs,
             damaged={
                 "training": self.state.skipped,
                 "feature bank": json.loads(self.centroids["provenance"]).get("skipped", []),
             },
         )
-        path = self.folder.write_text("report.md", text)
-        if finished:
-            say(f"{path} has the scores, {self.folder.panels} the panels")
-
-    def _baselines(self) -> list[dict[str, Any]]:
-        """Return the rows of the baselines, if they are asked for."""
-        if not self.config.train.baselines:
-            return []
-        from dmsa.scoring.baselines import score_baselines
-
-        return score_baselines(self.config, self)
+        return self.folder.write_text("report.md", text)
 
     def _save(self, best: bool = False) -> None:
         """Write a checkpoint; every process takes part."""
@@ -553,16 +461,6 @@ class Trainer:
             self.folder.close()
 
 
-def build_optimizer(student: nn.Module, config: Config) -> torch.optim.Optimizer:
-    """Return Adam over the trained parameters, with weight decay on all but biases, norms and gains."""
-    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.train.weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.Adam(groups, lr=config.train.lr, fused=trained[0].device.type == "cuda")
-
-
 def _split(batch: Mapping[str, Any], size: int | None) -> list[dict[str, Any]]:
     """Cut a batch into parts of `size` images; the last one may be smaller."""
     length = len(batch["image"])
@@ -574,10 +472,3 @@ def _label_counts(parts: list[Prepared], num_classes: int) -> Tensor:
     """Count the labels `[K]` without asking the device for anything."""
     ids = torch.arange(num_classes, device=parts[0].label.device)
     return sum((part.label.reshape(-1, 1) == ids).sum(0) for part in parts)
-
-
-def _set_up_torch(config: Config) -> None:
-    if config.train.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False

@@ -62,7 +62,7 @@ def _child(config, attempt: dict | None, out: str, rank: int, processes: int, po
             os.environ.update(RANK=str(rank), WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         if attempt:
             _arm(attempt, out, rank)
-        from dmsa.training.trainer import train
+        from dmsa.training.session import train
 
         train(config, ["train.py"])
         status = 0
@@ -115,7 +115,7 @@ def main() -> None:
     torch.set_num_threads(1)
     for module in (
         "dmsa.data.shapes",
-        "dmsa.training.trainer",
+        "dmsa.training.session",
         "dmsa.models.conv_stem",
         "dmsa_kernels",
         "scipy.optimize",

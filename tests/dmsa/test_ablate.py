@@ -7,19 +7,9 @@ import dataclasses
 
 import pytest
 
-from dmsa.commands.ablate import (
-    PLUS,
-    ROWS,
-    AblateConfig,
-    ablate,
-    arrival,
-    main,
-    row_config,
-    score_table,
-    switch,
-    table,
-)
+from dmsa.commands.ablate import main
 from dmsa.config import load_preset, resolve_method, to_dict
+from dmsa.training.ablation import PLUS, ROWS, ablate, ablation_table, arrival, row_config, score_table, switch
 
 
 def test_switches_are_the_methods():
@@ -45,11 +35,11 @@ def test_table_by_hand():
         [{"epoch": 0, "miou": 0.10, "accuracy": 0.5}, {"epoch": 1, "miou": 0.30, "accuracy": 0.7}],
         [{"epoch": 0, "miou": 0.20, "accuracy": 0.9}, {"epoch": 1, "miou": 0.10, "accuracy": 0.7}],
     ]
-    *_, line = table({"+ PAR": runs})
+    *_, line = ablation_table({"+ PAR": runs})
     assert line == "| + PAR |  | yes |  | 25.00 ± 7.07 | 80.00 ± 14.14 | 20.00 ± 14.14 | 1.5 ± 0.7 | 1.5 ± 0.7 |"
 
 
-def test_every_row_and_seed_is_trained_and_written(monkeypatch, tmp_path):
+def test_every_row_and_seed_is_trained_and_written(monkeypatch, tmp_path, capsys):
     seen = []
 
     def stand_in(config):
@@ -57,13 +47,15 @@ def test_every_row_and_seed_is_trained_and_written(monkeypatch, tmp_path):
         better = 0.1 * ((config.model.aspp != "off") + (config.labels.par == "on") + (config.losses.seg > 0))
         return {"scores": [{"epoch": e, "miou": 0.1 * e + better, "accuracy": 0.5} for e in range(3)]}
 
-    monkeypatch.setattr("dmsa.training.trainer.train", stand_in)
+    monkeypatch.setattr("dmsa.training.ablation.train", stand_in)
     monkeypatch.setattr(
-        "dmsa.commands.ablate.baseline_rows",
+        "dmsa.training.ablation.baseline_rows",
         lambda config: [{"method": "clusters", "miou": 10.0 + config.train.seed, "accuracy": 40.0, "boundary": 9.0}],
     )
-    options = AblateConfig(out=str(tmp_path / "runs"), results=str(tmp_path / "results"), seeds=(0, 4), epochs=3)
-    lines = ablate(options)
+    words = ["--out", str(tmp_path / "runs"), "--results", str(tmp_path / "results"), "--seeds", "0", "4"]
+    words += ["--epochs", "3"]
+    assert main(words) == 0
+    lines = capsys.readouterr().out.splitlines()
     assert len(seen) == 2 * len(ROWS)
     assert len({config.out for config in seen}) == len(seen)
     assert {config.train.seed for config in seen} == {0, 4}
@@ -76,7 +68,7 @@ def test_every_row_and_seed_is_trained_and_written(monkeypatch, tmp_path):
     assert {row for row in best if best[row] == max(best.values())} == {"DMSA (+ ASPP + PAR + seg)", PLUS}
     assert (tmp_path / "results/ablation_shapes.png").stat().st_size > 1000
     assert "50.00 ± 0.00" in (tmp_path / "results/ablation_shapes.md").read_text()
-    ablate(dataclasses.replace(options, scores=True))
+    assert main([*words, "--scores"]) == 0
     assert len(seen) == 2 * len(ROWS) + 2 * 3
     assert {config.out for config in seen[-6:]} < {config.out for config in seen[:-6]}
     written = (tmp_path / "results/shapes_scores.md").read_text()
@@ -98,6 +90,6 @@ def test_score_table_by_hand():
 
 def test_no_seed_is_an_error(capsys):
     with pytest.raises(ValueError, match="seed"):
-        ablate(AblateConfig(seeds=()))
+        ablate("shapes", seeds=(), out="runs", results="results")
     assert main(["--preset", "no_such_preset"]) == 1
     assert "no_such_preset" in capsys.readouterr().err

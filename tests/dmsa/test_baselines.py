@@ -12,14 +12,16 @@ from dmsa import data
 from dmsa.config import load_preset
 from dmsa.models.encoder import build_encoder
 from dmsa.scoring.baselines import (
-    BoundaryScore,
-    boundaries,
     cam_labels,
     cluster_patches,
     patch_features,
     score_labels,
     untrained_rows,
 )
+from dmsa.scoring.boundary import BoundaryScore, boundaries
+from dmsa.training import session
+from dmsa.training.session import train
+from tests.dmsa.runs import tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -128,3 +130,18 @@ def test_dmsa_plus_starts_from_better_labels_than_the_clusterings():
     clusters = cluster_patches(patch_features(val, encoder), 7, 96, seed=0)
     assert best["dmsa_plus"] > best["dmsa"] > 0.4
     assert best["dmsa_plus"] > score_labels(val, clusters, 7)[0].miou
+
+
+def test_a_finished_run_is_compared_once_and_both_reports_say_so(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(session, "untrained_rows", lambda *parts: made.append(parts) or untrained_rows(*parts))
+    train(tiny_config(tmp_path / "run", epochs=1, baselines=True), ["train.py"])
+    own, twin = ((tmp_path / name / "report.md").read_text() for name in ("run", "run/transfgu"))
+    assert len(made) == 1
+    assert own.startswith("# DMSA on shapes")
+    assert twin.startswith("# TransFGU")
+    for report in (own, twin):
+        assert "All 1 epochs are done" in report
+        assert "| k-means on patch features, this backbone |" in report
+    assert "| transfgu (best epoch) |" in own
+    assert "| transfgu (best epoch) |" not in twin

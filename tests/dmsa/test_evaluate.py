@@ -15,9 +15,10 @@ from dmsa.data import build
 from dmsa.data.base import table
 from dmsa.data.coco import CURATED_FILE
 from dmsa.scoring import evaluate as module
-from dmsa.scoring.evaluate import evaluate, evaluate_predictions, paper_rows
+from dmsa.scoring.evaluate import evaluate, evaluate_predictions
 from dmsa.scoring.metrics import Histogram
 from dmsa.scoring.protocols import Protocol
+from dmsa.scoring.table import paper_rows
 from tests.data import fixtures
 
 K = 4

@@ -7,9 +7,10 @@ import torch
 from safetensors import safe_open
 
 from dmsa import cli
-from dmsa.commands import export
+from dmsa.commands import export as command
+from dmsa.models import export
 from dmsa.scoring.predictor import load_predictor
-from dmsa.training.trainer import train
+from dmsa.training.session import train
 from dmsa_kernels import multi_dilation_dwconv
 from tests.dmsa.runs import tiny_config
 
@@ -91,7 +92,7 @@ def test_a_file_that_computes_something_else_is_not_written(run, tmp_path, monke
     # The pyramid's gain starts near 0; make what it adds matter.
     with torch.no_grad():
         predictor.segmenter.pyramid.gamma.fill_(2.0)
-    monkeypatch.setattr(export, "load_predictor", lambda *arguments: predictor)
+    monkeypatch.setattr(command, "load_predictor", lambda *arguments: predictor)
     arguments = ["export", "--checkpoint", str(run), "--out", str(tmp_path / "out"), "--formats", "torch"]
     assert cli.main(arguments) == 1
     assert "model.pt2 differs from the trained model" in capsys.readouterr().err

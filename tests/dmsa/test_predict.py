@@ -11,7 +11,7 @@ from dmsa import checkpoint, cli
 from dmsa.commands.predict import find_images, output_names
 from dmsa.data.transforms import normalise
 from dmsa.scoring.predictor import load_predictor
-from dmsa.training.trainer import train
+from dmsa.training.session import train
 from dmsa.visualize import colourise, heatmap, name_regions, overlay, panel
 from tests.dmsa.runs import ROOT, lines, tiny_config
 

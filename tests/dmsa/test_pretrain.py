@@ -15,7 +15,8 @@ from dmsa.data.shapes import OUTLINES, PERIOD, TEXTURES, THINGS
 from dmsa.models.conv_stem import ConvStem
 from dmsa.models.encoder import Encoder
 from dmsa.models.late_class import LateClassViT
-from dmsa.pretrain import PretrainConfig, build_backbone, pretrain
+from dmsa.models.shapes_vit import WEIGHTS
+from dmsa.pretrain.config import PretrainConfig
 from dmsa.pretrain.dino import random_crop, sinkhorn
 from dmsa.pretrain.formula import (
     ANGLE,
@@ -32,7 +33,7 @@ from dmsa.pretrain.formula import (
 )
 from dmsa.pretrain.loop import learning_rate
 from dmsa.pretrain.quality import mean_iou, measure, patch_labels, tokens_and_attention
-from dmsa.weights import shapes_vit_tiny
+from dmsa.pretrain.run import build_backbone, pretrain
 
 TINY = {"encoder": "shapes_vit_tiny", "size": 32, "batch": 4, "threads": 1, "log_every": 2, "report_pictures": 0}
 MEASURE = {"pictures": 16, "crops": 48, "size": 64}
@@ -441,15 +442,14 @@ def test_bad_arguments_are_named(arguments, message, tmp_path, capsys):
 def test_shipped_weights_are_small_and_better_than_none():
     from safetensors.torch import load_file
 
-    _, path = shapes_vit_tiny()
-    assert path.stat().st_size < 8e6
+    assert WEIGHTS.stat().st_size < 8e6
     torch.manual_seed(0)
     vit = build_backbone("shapes_vit_tiny", 64)
     untrained = measure(vit, **MEASURE)
-    vit.load_state_dict(load_file(path))
+    vit.load_state_dict(load_file(WEIGHTS))
     shipped = measure(vit, **MEASURE)
     assert shipped.probe_miou > untrained.probe_miou + 15
     assert shipped.patch_kmeans_miou > untrained.patch_kmeans_miou + 5
     assert shipped.crop_accuracy > untrained.crop_accuracy + 15
     assert shipped.attention_auc > 75
-    assert (path.parent / "README.md").read_text().count("dmsa pretrain") >= 1
+    assert (WEIGHTS.parent / "README.md").read_text().count("dmsa pretrain") >= 1

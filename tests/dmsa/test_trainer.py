@@ -19,9 +19,11 @@ from dmsa.data.classes import Classes
 from dmsa.models.encoder import build_encoder
 from dmsa.training import progress
 from dmsa.training.losses import total_loss
+from dmsa.training.nonfinite import NonFiniteLossError
 from dmsa.training.run import RunFolder, launch_command
+from dmsa.training.session import train
 from dmsa.training.task import Task
-from dmsa.training.trainer import NonFiniteLossError, Trainer, train
+from dmsa.training.trainer import Trainer
 from dmsa.training.window import Window
 from tests.dmsa.runs import ROOT, assert_same_runs, attempts, lines, tiny_config
 

@@ -1,0 +1,110 @@
+"""A pretraining run: the backbone before, the recipe's steps, the backbone after, measured."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import timm
+import torch
+from safetensors.torch import save
+from torch import nn
+
+from dmsa.files import write_atomically
+from dmsa.models.encoder import check_architecture
+from dmsa.models.shapes_vit import shapes_vit_tiny
+from dmsa.pretrain import dino, formula
+from dmsa.pretrain.config import PretrainConfig
+from dmsa.pretrain.loop import run
+from dmsa.pretrain.quality import measure
+
+VERSION = 2
+"""Raised when a recipe or the shipped architecture changes, so that older checkpoints are not taken up."""
+
+
+def build_backbone(name: str, size: int) -> nn.Module:
+    """An untrained timm vision transformer without a classifier.
+
+    Raises:
+        ValueError: Not a vision transformer that timm knows, or one without a class token or with an unusual last
+            block; or a size that is no multiple of its patches.
+    """
+    if name == "shapes_vit_tiny":
+        vit = shapes_vit_tiny()
+    elif timm.is_model(name) and name.startswith(("vit_", "deit", "test_vit")):
+        vit = timm.create_model(name, pretrained=False, num_classes=0, dynamic_img_size=True, img_size=size)
+    else:
+        raise ValueError(f"encoder={name!r}: expected 'shapes_vit_tiny' or a vision transformer of timm (vit_*, deit*)")
+    try:
+        check_architecture(vit)
+    except TypeError as error:
+        raise ValueError(f"encoder={name!r}: {error}") from error
+    for module in vit.blocks.modules():
+        if isinstance(module, nn.Linear):  # timm's 0.02 is made for wide networks and long trainings
+            nn.init.xavier_uniform_(module.weight)
+    patch = vit.patch_embed.patch_size[0]
+    if size % patch:
+        raise ValueError(f"{size=}: expected a multiple of the patch size of {name}, {patch}")
+    return vit
+
+
+def save_encoder(vit: nn.Module, path: Path) -> None:
+    """Write the weights as fp16 safetensors (they load into fp32 parameters without a word)."""
+    half = {key: value.detach().half().contiguous() for key, value in vit.state_dict().items()}
+    write_atomically(path, lambda stream: stream.write(save(half)))
+
+
+def pretrain(config: PretrainConfig) -> dict[str, object]:
+    """Train, write ``encoder.safetensors`` and measure it.
+
+    Returns:
+        The report: settings, steps done, quality before and after (`dmsa.pretrain.quality.Quality`).
+
+    Raises:
+        ValueError: Settings that do not fit together, or a checkpoint of other settings.
+        FileNotFoundError: Recipe ``dino`` without a folder of images.
+    """
+    for name in ("steps", "batch", "size", "threads", "log_every"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name}={getattr(config, name)}: expected at least 1")
+    if not 0 <= config.patch_weight < float("inf"):
+        raise ValueError(f"patch_weight={config.patch_weight}: expected a number of at least 0")
+    torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    vit = build_backbone(config.encoder, config.size)
+    build = {"formula": formula.build, "dino": dino.build}[config.recipe]
+    modules, loss_of_step, after_step = build(config, vit)
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    free = {"out", "steps", "cooldown", "threads", "checkpoint_minutes", "log_every", "report_pictures", "stop_after"}
+    settings = {"version": VERSION, **{key: value for key, value in asdict(config).items() if key not in free}}
+    report: dict[str, object] = {"settings": asdict(config)}
+    if config.report_pictures:
+        report["untrained"] = measure(vit, pictures=config.report_pictures).table()
+        print(f"untrained {report['untrained']}", flush=True)
+    figures: dict[str, float] = {}
+    modules.train()
+    for figures in run(
+        modules,
+        loss_of_step,
+        after_step,
+        out=out,
+        steps=config.steps,
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        cooldown=config.cooldown,
+        seed=config.seed,
+        settings=settings,
+        checkpoint_minutes=config.checkpoint_minutes,
+        log_every=config.log_every,
+        stop_after=config.stop_after,
+    ):
+        print(" ".join(f"{name} {value:g}" for name, value in figures.items()), flush=True)
+    save_encoder(vit, out / "encoder.safetensors")
+    report["last"] = figures
+    if config.report_pictures:
+        report["trained"] = measure(vit, pictures=config.report_pictures).table()
+        print(f"trained   {report['trained']}", flush=True)
+    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return report

@@ -1,0 +1,218 @@
+"""Score tables: how a score is written, beside the published ones, and the report of one evaluation."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dmsa.data.base import few, table
+from dmsa.scoring.metrics import Scores
+from dmsa.scoring.protocols import Protocol
+
+
+def percent(value: float | None, digits: int = 2) -> str:
+    """Return a score in percent as it stands in tables, `-` where there is none (None, NaN)."""
+    return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Return the mean and, for several values, their standard deviation (of the sample)."""
+    mean = f"{np.mean(values):.{digits}f}"
+    return mean if len(values) < 2 else f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
+
+
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a table for a terminal; the first row is the head."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def markdown(rows: Sequence[Sequence[object]]) -> list[str]:
+    """Return the lines of a markdown table; the first row is the head."""
+    cells = [[str(cell).replace("|", "\\|") for cell in row] for row in rows]
+    lines = [f"| {' | '.join(row)} |" for row in cells]
+    return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]
+
+
+SCORE_HEAD = ("method", "mIoU", "accuracy", "protocol", "source")
+
+
+def score_rows(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Return the table of methods, head first, from rows as of :func:`paper_rows`."""
+    cells = [[r["method"], percent(r["miou"]), percent(r["accuracy"]), r["protocol"], r["source"]] for r in rows]
+    return [list(SCORE_HEAD), *cells]
+
+
+def paper_rows(dataset: str) -> list[dict[str, Any]]:
+    """Return the published rows of a data set (percent) with their protocol and source; none for the user's own."""
+    rows = table("paper")["rows"]
+    return [{k: v for k, v in row.items() if k != "dataset"} for row in rows if row["dataset"] == dataset]
+
+
+@dataclass(frozen=True)
+class Skip:
+    """An image that could not be scored."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """The scores of one method on one data set, and what they mean."""
+
+    method: str
+    dataset: str
+    classes: list[str]
+    kinds: list[str]
+    """`thing`, `stuff` or `background`, one a class."""
+    labels_from: str
+    protocol: Protocol
+    conditions: str
+    """The protocol in words."""
+    scores: Scores
+    images: int
+    """Images scored."""
+    wanted: int
+    """Images that this protocol scores."""
+    skipped: list[Skip]
+    """Images or masks that could not be decoded."""
+    missing: list[str]
+    """Images without a prediction."""
+    partial: bool
+    """Whether the data set was limited to some of its images."""
+    matched: bool
+    """Whether predictions are clusters, matched to classes, or class ids."""
+
+    def notes(self) -> list[str]:
+        """Return what a reader must know about the images, empty if all of them were scored."""
+        notes = []
+        if self.skipped:
+            names = few([f"{skip.name} ({skip.reason})" for skip in self.skipped])
+            notes.append(f"{len(self.skipped)} images could not be decoded and are not in the score: {names}")
+        if self.missing:
+            notes.append(f"{len(self.missing)} images have no prediction and are not in the score: {few(self.missing)}")
+        if self.partial:
+            notes.append(f"scored on {self.wanted} images drawn from a larger set: not comparable with the whole set")
+        elif self.images < self.wanted:
+            notes.append(f"scored {self.images} of {self.wanted} images: not comparable with the whole set")
+        if not self.matched:
+            notes.append("predictions were taken as class ids: no Hungarian match")
+        return notes
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return this run's row and the published ones of the same data set, in percent."""
+        own = {
+            "method": self.method,
+            "miou": 100 * self.scores.miou,
+            "accuracy": 100 * self.scores.accuracy,
+            "protocol": self.protocol.name,
+            "source": "this evaluation",
+        }
+        return [own, *paper_rows(self.dataset)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain values; scores in percent, NaN as None."""
+        s = self.scores
+        return {
+            "method": self.method,
+            "dataset": self.dataset,
+            "labels_from": self.labels_from,
+            "protocol": self.protocol.name,
+            "size": self.protocol.size,
+            "conditions": self.conditions,
+            "images": self.images,
+            "images_of_split": self.wanted,
+            "miou": _or_none(s.miou),
+            "accuracy": _or_none(s.accuracy),
+            "things_miou": _or_none(s.things),
+            "stuff_miou": _or_none(s.stuff),
+            "matched": self.matched,
+            "classes": [
+                {"id": i, "name": name, "kind": kind, "iou": _or_none(s.iou[i]), "cluster": int(s.assignment[i])}
+                for i, (name, kind) in enumerate(zip(self.classes, self.kinds, strict=True))
+            ],
+            "confusion": s.confusion.tolist(),
+            "skipped": [{"name": skip.name, "reason": skip.reason} for skip in self.skipped],
+            "missing": self.missing,
+            "notes": self.notes(),
+            "published": paper_rows(self.dataset),
+        }
+
+    def json(self) -> str:
+        """Return :meth:`to_dict` as JSON text."""
+        return json.dumps(self.to_dict(), indent=1)
+
+    def _tables(self) -> tuple[list[list[str]], list[list[str]], list[tuple[str, str]]]:
+        s = self.scores
+        classes = [["id", "class", "kind", "IoU", "cluster"]]
+        classes += [
+            [str(i), name, kind, percent(100 * s.iou[i]), str(s.assignment[i])]
+            for i, (name, kind) in enumerate(zip(self.classes, self.kinds, strict=True))
+        ]
+        facts = [
+            ("data set", f"{self.dataset} val, {self.images} images, labels from {self.labels_from}"),
+            ("protocol", self.conditions),
+            *(("note", note) for note in self.notes()),
+        ]
+        return score_rows(self.rows()), classes, facts
+
+    def _means(self) -> str:
+        other = "background" if "background" in self.kinds else "stuff"
+        return f"mIoU of things {percent(100 * self.scores.things)}, of {other} {percent(100 * self.scores.stuff)}"
+
+    def text(self) -> str:
+        """Return the report for a terminal."""
+        rows, classes, facts = self._tables()
+        lines = [f"{key:<9} {value}" for key, value in facts]
+        return "\n".join([*lines, "", *columns(rows), "", self._means(), "", *columns(classes)])
+
+    def markdown(self) -> str:
+        """Return the report as markdown."""
+        rows, classes, facts = self._tables()
+        lines = [f"- {key}: {value}" for key, value in facts]
+        return "\n".join([*lines, "", *markdown(rows), "", self._means(), "", *markdown(classes)])
+
+    def draw(self, path: str | Path) -> None:
+        """Write the confusion picture, a PNG: one row a class, its pixels' share in every predicted class."""
+        from matplotlib.figure import Figure
+
+        k = len(self.classes)
+        counts = self.scores.confusion
+        share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+        side = 3 + 0.22 * k
+        figure = Figure(figsize=(side, side), layout="constrained")
+        axes = figure.add_subplot()
+        shown = axes.imshow(share, vmin=0, vmax=1, cmap="Blues")
+        size = 8 if k <= 30 else 6
+        axes.set_xticks(range(k), self.classes, rotation=90, fontsize=size)
+        axes.set_yticks(range(k), self.classes, fontsize=size)
+        axes.set_xlabel("prediction" + (" (clusters after the match)" if self.matched else ""))
+        axes.set_ylabel("label")
+        axes.set_title(
+            f"{self.dataset}, protocol {self.protocol.name}: "
+            f"mIoU {percent(100 * self.scores.miou)}, accuracy {percent(100 * self.scores.accuracy)}",
+            fontsize=10,
+        )
+        figure.colorbar(shown, ax=axes, shrink=0.6, label="share of the label's pixels")
+        figure.savefig(path, format="png", dpi=110)
+
+    def write(self, folder: str | Path) -> list[Path]:
+        """Write `eval.txt`, `eval.md`, `eval.json` and `confusion.png` into `folder` and return their paths."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        texts = {"eval.txt": self.text(), "eval.md": self.markdown(), "eval.json": self.json()}
+        for name, content in texts.items():
+            (folder / name).write_text(content + "\n", encoding="utf-8")
+        self.draw(folder / "confusion.png")
+        return [folder / name for name in (*texts, "confusion.png")]
+
+
+def _or_none(value: float) -> float | None:
+    return None if math.isnan(value) else 100 * float(value)

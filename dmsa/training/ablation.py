@@ -1,0 +1,227 @@
+"""The rows of the paper's Table 4 on the embedded data set, as switches of one configuration.
+
+Every row is trained with the same data, budget and seeds. The result is a markdown table (mean and standard deviation
+over the seeds, and the epoch at which a run comes within a point of its best score: the paper claims far fewer
+epochs with PAR), the scores of every epoch as CSV, and the curves as a picture. A run that was stopped goes on; a
+finished one is read, not repeated.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dmsa import data
+from dmsa.config import Config, load_preset, resolve_method
+from dmsa.labels.clustering import prepare_centroids
+from dmsa.models.encoder import build_encoder
+from dmsa.scoring.baselines import untrained_rows
+from dmsa.scoring.boundary import TOLERANCE
+from dmsa.scoring.table import markdown, spread
+from dmsa.training.progress import git_commit
+from dmsa.training.session import train
+
+ROWS: dict[str, tuple[bool, bool, bool]] = {
+    "baseline (TransFGU)": (False, False, False),
+    "+ ASPP": (True, False, False),
+    "+ PAR": (False, True, False),
+    "+ seg": (False, False, True),
+    "+ ASPP + PAR": (True, True, False),
+    "DMSA (+ ASPP + PAR + seg)": (True, True, True),
+    "dmsa_plus": (True, True, True),
+}
+"""Row → whether pyramid, refinement and segmentation loss are on."""
+TRANSFGU, DMSA, PLUS = "baseline (TransFGU)", "DMSA (+ ASPP + PAR + seg)", "dmsa_plus"
+Curves = dict[str, list[list[dict[str, Any]]]]
+"""Row → one list a seed, of an evaluation's `epoch`, `miou`, `accuracy` (fractions)."""
+NEAR_BEST = 1.0
+"""mIoU points below its best at which a run counts as arrived."""
+
+
+def switch(config: Config, aspp: bool, par: bool, seg: bool) -> Config:
+    """`config` with the paper's three parts on (as the preset has them) or off."""
+    return dataclasses.replace(
+        config,
+        model=config.model if aspp else dataclasses.replace(config.model, aspp="off"),
+        labels=config.labels if par else dataclasses.replace(config.labels, par="off"),
+        losses=config.losses if seg else dataclasses.replace(config.losses, seg=0.0),
+    )
+
+
+def row_config(base: Config, name: str) -> Config:
+    """`base` as the row `name` has it."""
+    config = switch(base, *ROWS[name])
+    return resolve_method(dataclasses.replace(config, method="dmsa_plus")) if name == PLUS else config
+
+
+def arrival(curve: Sequence[float], margin: float = NEAR_BEST) -> int:
+    """First epoch, counted from 1, whose score is within ``margin`` of the best one."""
+    if not len(curve):
+        raise ValueError("an empty curve has no best epoch")
+    return int(np.flatnonzero(np.asarray(curve) >= max(curve) - margin)[0]) + 1
+
+
+def ablation_table(curves: Curves) -> list[str]:
+    """Markdown lines: the best and the last epoch of every row, and how early it came near its best."""
+    figures = ["mIoU, best epoch", "accuracy, best epoch", "mIoU, last epoch", "best epoch"]
+    rows = [["row", "ASPP", "PAR", "seg", *figures, f"within {NEAR_BEST:g} point of best"]]
+    for name, runs in curves.items():
+        best = [max(run, key=lambda entry: entry["miou"]) for run in runs]
+        cells = [
+            spread([100 * entry["miou"] for entry in best]),
+            spread([100 * entry["accuracy"] for entry in best]),
+            spread([100 * run[-1]["miou"] for run in runs]),
+            spread([entry["epoch"] + 1 for entry in best], 1),
+            spread([run[arrival([100 * entry["miou"] for entry in run]) - 1]["epoch"] + 1 for run in runs], 1),
+        ]
+        marks = ["yes" if on else "" for on in ROWS[name]]
+        rows.append([name, *marks, *cells])
+    return markdown(rows)
+
+
+def draw(curves: Curves, path: Path) -> None:
+    """mIoU by epoch, the mean of the seeds a line and their range a band, as PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    for name, runs in curves.items():
+        epochs = [entry["epoch"] + 1 for entry in runs[0]]
+        values = np.array([[100 * entry["miou"] for entry in run] for run in runs])
+        (line,) = axes.plot(epochs, values.mean(0), label=name)
+        axes.fill_between(epochs, values.min(0), values.max(0), color=line.get_color(), alpha=0.15)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("mIoU on shapes val, %")
+    figure.legend(fontsize=8, loc="outside lower center", ncols=3)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, format="png", dpi=120)
+
+
+def baseline_rows(config: Config) -> list[dict[str, Any]]:
+    """Rows (a) to (c) of a finished run: its pictures, its backbone, its centroids (from its cache)."""
+    encoder = build_encoder(config.model.encoder, config.model.weights)
+    train_data, val_data = (data.build(config.data, split, config.train.seed) for split in ("train", "val"))
+    centroids = prepare_centroids(encoder, train_data, config, Path(config.out) / "cache")
+    return untrained_rows(config, val_data, encoder, centroids.vectors)
+
+
+def trained_rows(curves: Curves, number: int) -> list[dict[str, Any]]:
+    """Rows (d), (e) and `dmsa_plus` of the seed at place ``number``, at the last and at the best epoch."""
+    rows = []
+    for name, title in ((TRANSFGU, "TransFGU"), (DMSA, "DMSA"), (PLUS, "dmsa_plus")):
+        run = curves[name][number]
+        for when, entry in (("last", run[-1]), ("best", max(run, key=lambda entry: entry["miou"]))):
+            scores = {key: 100 * entry[key] for key in ("miou", "accuracy")}
+            rows.append({"method": f"{title}, {when} epoch", **scores, "boundary": None})
+    return rows
+
+
+def score_table(rows: Sequence[Sequence[Mapping[str, Any]]]) -> list[str]:
+    """Markdown lines of one list of rows a seed: mean and standard deviation of every figure (percent)."""
+    table = [["method", "mIoU", "accuracy", f"boundary F, {TOLERANCE} px"]]
+    for same in zip(*rows, strict=True):
+        cells = [
+            "" if same[0][key] is None else spread([row[key] for row in same], 1)
+            for key in ("miou", "accuracy", "boundary")
+        ]
+        table.append([same[0]["method"], *cells])
+    return markdown(table)
+
+
+def _write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream, lineterminator="\n").writerows([header, *rows])
+
+
+def ablate(
+    preset: str,
+    *,
+    seeds: Sequence[int],
+    out: str | Path,
+    results: str | Path,
+    epochs: int | None = None,
+    train_images: int | None = None,
+    val_images: int | None = None,
+    scores: bool = False,
+    command: str = "",
+) -> list[str]:
+    """Train the rows with all seeds; write ``ablation_shapes.{md,csv,png}``, or ``shapes_scores.{md,csv}``.
+
+    Args:
+        preset: by name, or a YAML file; a data set whose validation images have labels.
+        seeds: every row is trained with each.
+        out: folder of the runs, one a row and seed.
+        results: folder of what is written.
+        epochs, train_images, val_images: the preset's if None.
+        scores: make the table of scores instead of the ablation.
+        command: how this was started, for the head of the tables.
+
+    Returns:
+        The markdown.
+
+    Raises:
+        ValueError: No seeds, or a data set without the labels that scores need.
+    """
+    if not seeds:
+        raise ValueError(f"{seeds=}: expected one seed at least")
+    base = load_preset(preset)
+    counts = {"train_images": train_images, "val_images": val_images}
+    counts = {name: value for name, value in counts.items() if value is not None}
+    training = dataclasses.replace(base.train, baselines=False, epochs=epochs or base.train.epochs)
+    base = dataclasses.replace(base, data=dataclasses.replace(base.data, **counts), train=training)
+    curves: Curves = {name: [] for name in ((TRANSFGU, DMSA, PLUS) if scores else ROWS)}
+    scored = []
+    for number, seed in enumerate(seeds):
+        for name, runs in curves.items():
+            on = [part for part, wanted in zip(("aspp", "par", "seg"), ROWS[name], strict=True) if wanted]
+            folder = Path(out) / f"{PLUS if name == PLUS else '-'.join(on) or 'baseline'}-{seed}"
+            config = dataclasses.replace(
+                row_config(base, name), out=str(folder), train=dataclasses.replace(training, seed=seed)
+            )
+            runs.append(train(config)["scores"])
+            if not runs[-1]:
+                raise ValueError(f"{preset=}: its validation images have no labels, nothing to compare")
+            if scores and name == DMSA:
+                untrained = baseline_rows(config)
+        if scores:
+            scored.append([*untrained, *trained_rows(curves, number)])
+    conditions = [
+        f"    {command}",
+        "",
+        f"Commit {git_commit()}; {platform.machine()}, CPU. {training.epochs} epochs of "
+        f"{base.data.train_images} images, batch {training.batch}; {base.data.val_images} validation images; "
+        f"{len(seeds)} seed(s), each with pictures of its own, mean ± standard deviation. Scores in percent, "
+        f"protocol transfgu at {base.data.size} px.",
+        "",
+    ]
+    folder = Path(results)
+    folder.mkdir(parents=True, exist_ok=True)
+    if scores:
+        lines = [f"# Scores on {base.data.name}", "", *conditions, *score_table(scored), ""]
+        (folder / "shapes_scores.md").write_text("\n".join(lines), encoding="utf-8")
+        keys = ("miou", "accuracy", "boundary")
+        entries = [
+            [row["method"], seed, *("" if row[key] is None else f"{row[key]:.3f}" for key in keys)]
+            for seed, rows in zip(seeds, scored, strict=True)
+            for row in rows
+        ]
+        _write_csv(folder / "shapes_scores.csv", ["method", "seed", *keys], entries)
+        return lines
+    lines = [f"# Ablation on {base.data.name}", "", *conditions, *ablation_table(curves), ""]
+    lines += ["![mIoU by epoch](ablation_shapes.png)", ""]
+    (folder / "ablation_shapes.md").write_text("\n".join(lines), encoding="utf-8")
+    entries = [
+        [name, seed, entry["epoch"] + 1, f"{entry['miou']:.6f}", f"{entry['accuracy']:.6f}"]
+        for name, runs in curves.items()
+        for seed, run in zip(seeds, runs, strict=True)
+        for entry in run
+    ]
+    _write_csv(folder / "ablation_shapes.csv", ["row", "seed", "epoch", "miou", "accuracy"], entries)
+    draw(curves, folder / "ablation_shapes.png")
+    return lines
