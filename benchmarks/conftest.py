@@ -1,4 +1,4 @@
-"""`pytest benchmarks/ --benchmark-only`: every `bench_*.py` here offers `rows(device, full)`; each row is one test.
+"""`pytest benchmarks/ --benchmark-only`: what `rows(device, full)` of a `measuring/bench_*.py` lists are tests.
 
 The test fails if ours fails its correctness gate; a baseline that fails, or runs out of memory, is a line in the table.
 """
@@ -11,7 +11,7 @@ import types
 import pytest
 import torch
 
-from benchmarks import harness
+from benchmarks.measuring import harness
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

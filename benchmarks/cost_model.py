@@ -21,8 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import cases
-from benchmarks.harness import RESULTS, Result, number, read_csv, result_files
+from benchmarks.measuring import cases
+from benchmarks.measuring.harness import RESULTS, Result, number, read_csv, result_files
 
 NOTES = Path(__file__).parent / "NOTES.md"
 BEGIN, END = "<!-- cost model:begin -->", "<!-- cost model:end -->"

@@ -5,7 +5,7 @@
     python -m benchmarks.gpu_suite --out FOLDER --device cpu --seconds 60   # a dry run of the same code
 
 Needs torch, triton and numpy; timm for the section `train`. FOLDER gets `log.txt` and `<device>.csv`, which belongs
-into benchmarks/results (then `python -m benchmarks.report`). The suite always ends with what it has: sections and
+into benchmarks/results (then `python -m benchmarks.reporting`). The suite always ends with what it has: sections and
 rows that the budget does not reach are listed as not run. Exit status 1 if any check failed.
 """
 
@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import harness
+from benchmarks.measuring import harness
 from dmsa_kernels.backend import why_not_triton
 
 ROW_MODULES = ("bench_refine", "bench_sweep", "bench_aspp", "bench_cam", "bench_step")
@@ -414,7 +414,7 @@ def section_memory(suite: Suite) -> None:
 
 def section_tune(suite: Suite) -> None:
     """Measure the launch configurations of the training workloads; log what was chosen and how long it took."""
-    from benchmarks.cases import CASES
+    from benchmarks.measuring.cases import CASES
     from dmsa_kernels.refine.warmup import warmup
 
     for case in CASES:
@@ -441,7 +441,7 @@ def row_modules(suite: Suite) -> Iterator[tuple[str, Any]]:
     """Import the modules that list rows; one that cannot be imported here is named as not run."""
     for name in ROW_MODULES:
         try:
-            yield name, importlib.import_module(f"benchmarks.{name}")
+            yield name, importlib.import_module(f"benchmarks.measuring.{name}")
         except ImportError as error:
             suite.not_run.append(f"rows: {name}: {error}")
 
@@ -476,7 +476,7 @@ def section_rows(suite: Suite) -> None:
             for result in results:
                 if result.ours and result.status in ("wrong", "error", "out of memory"):
                     suite.fail(f"{row.name}: {result.candidate}: {result.status}: {result.note}")
-        suite.log(f"benchmarks.{name} done")
+        suite.log(f"benchmarks.measuring.{name} done")
 
 
 def slug(text: str) -> str:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.baselines import materialising
+from benchmarks.measuring.baselines import materialising
 from dmsa_kernels import PAMR, PAR, local_affinity, propagate
 
 DILATIONS = [1, 2, 4, 8, 12, 24]

@@ -9,7 +9,8 @@ import types
 import pytest
 import torch
 
-from benchmarks import gpu_suite, harness
+from benchmarks import gpu_suite
+from benchmarks.measuring import harness
 from dmsa_kernels.refine import AffinitySpec, eager, local_affinity, propagate
 
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import harness
-from benchmarks.harness import Candidate, Result, Row
+from benchmarks.measuring import harness
+from benchmarks.measuring.harness import Candidate, Result, Row
 
 CPU = torch.device("cpu")
 MIB = 1 << 20
@@ -290,7 +290,9 @@ def test_every_column_is_a_field_of_a_result():
 
 
 def test_the_harness_imports_neither_triton_nor_the_method():
-    code = "import sys, benchmarks.harness; print([m for m in ('triton', 'dmsa', 'timm') if m in sys.modules])"
+    code = (
+        "import sys, benchmarks.measuring.harness; print([m for m in ('triton', 'dmsa', 'timm') if m in sys.modules])"
+    )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
 

@@ -7,8 +7,9 @@ import math
 
 import pytest
 
-from benchmarks import harness, report
-from benchmarks.harness import Result
+from benchmarks.measuring import harness
+from benchmarks.measuring.harness import Result
+from benchmarks.reporting import report
 
 
 def make(candidate="ours", *, ours=True, **changes) -> Result:

@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench_refine, cases, gpu_suite, harness, report
+from benchmarks.measuring import bench_refine, cases, harness
+from benchmarks.reporting import report
 
 CPU = torch.device("cpu")
-MODULES = [path.stem for path in sorted(Path(gpu_suite.__file__).parent.glob("bench_*.py"))]
+MODULES = [path.stem for path in sorted(Path(harness.__file__).parent.glob("bench_*.py"))]
 
 
 def rows(name: str, full: bool) -> list[harness.Row]:
-    return importlib.import_module(f"benchmarks.{name}").rows(CPU, full=full)
+    return importlib.import_module(f"benchmarks.measuring.{name}").rows(CPU, full=full)
 
 
 @pytest.mark.parametrize("name", MODULES)

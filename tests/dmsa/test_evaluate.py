@@ -387,7 +387,7 @@ def test_the_command_prints_errors_without_a_traceback(voc_predictions, tmp_path
 
 
 def test_evaluation_is_five_times_faster_than_per_image_python_maps():
-    from benchmarks.bench_data import evaluation_speed
+    from benchmarks.measuring.bench_data import evaluation_speed
 
     ratio, equal = evaluation_speed(images=12, repeats=3)
     assert equal

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import baselines, bench_refine, cases
+from benchmarks.measuring import baselines, bench_refine, cases
 from dmsa_kernels.refine import refine
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

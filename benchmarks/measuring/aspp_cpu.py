@@ -1,6 +1,6 @@
 """Eager against the library in both layouts on a CPU, call by call in turn, and the library against itself.
 
-    python -m benchmarks.aspp_cpu --threads 2
+    python -m benchmarks.measuring.aspp_cpu --threads 2
 
 Every line is a workload of bench_aspp.py at its size on a CPU, a dilation set, an input layout and a pass, and compares
 on the same input, with the result in the layout of the input:
@@ -27,9 +27,9 @@ import time
 
 import torch
 
-from benchmarks import bench_aspp
-from benchmarks.bench_aspp import exact, inputs, library, ours, run
-from benchmarks.harness import relative_error
+from benchmarks.measuring import bench_aspp
+from benchmarks.measuring.bench_aspp import exact, inputs, library, ours, run
+from benchmarks.measuring.harness import relative_error
 
 PAPER = ((1, 1, 2, 3), (1, 1, 3, 5), (1, 3, 6, 9), (1, 6, 12, 18))
 MAPS = dict.fromkeys(small for _, _, small, dilations in bench_aspp.CASES if dilations in PAPER)

@@ -1,7 +1,7 @@
 """The refinement against the materialising implementation, padded slices and torch.compile of padded slices.
 
-    pytest benchmarks/bench_refine.py --benchmark-only              # a GPU if there is one; a CPU at scaled sizes
-    pytest benchmarks/bench_refine.py --benchmark-only -k afa_train
+    pytest benchmarks/measuring/bench_refine.py --benchmark-only    # a GPU if there is one; a CPU at scaled sizes
+    pytest benchmarks/measuring/bench_refine.py --benchmark-only -k afa_train
 
 Ours must agree with float64 within the bound before anything is timed. On a CPU most rows run on a smaller map, as
 their lines say; `afa_train` and `classes21`, the two targets there, run at full size.
@@ -14,8 +14,8 @@ import functools
 import torch
 from torch import Tensor
 
-from benchmarks import baselines, cases
-from benchmarks.harness import Candidate, Row
+from benchmarks.measuring import baselines, cases
+from benchmarks.measuring.harness import Candidate, Row
 from dmsa_kernels.refine import local_affinity, propagate, refine
 from dmsa_kernels.refine.warmup import warmup
 

@@ -1,8 +1,8 @@
 """Turn committed results into the README's tables and plot, and compare two result files.
 
-python -m benchmarks.report                  # results/*.csv -> tables of the README, and the plot
-python -m benchmarks.report --check          # exit status 1 if a page is not what the results give
-python -m benchmarks.report compare OLD NEW  # regressions over 10 % by name; exit status 1 if there are any
+python -m benchmarks.reporting                  # results/*.csv -> tables of the README, and the plot
+python -m benchmarks.reporting --check          # exit status 1 if a page is not what the results give
+python -m benchmarks.reporting compare OLD NEW  # regressions over 10 % by name; exit status 1 if there are any
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from benchmarks.harness import RESULTS, Result, human_bytes, number, read_csv, result_files
+from benchmarks.measuring.harness import RESULTS, Result, human_bytes, number, read_csv, result_files
 
-README = Path(__file__).parent.parent / "README.md"
-FULL = Path(__file__).parent / "README.md"
+README = Path(__file__).parents[2] / "README.md"
+FULL = Path(__file__).parents[1] / "README.md"
 PLOT = RESULTS / "scaling.png"
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 SWEEPS = {"sweep_channels": "channels C", "sweep_pixels": "pixels H·W"}
@@ -267,7 +267,7 @@ def _compare(arguments: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.reporting", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of CSV files")
     parser.add_argument("--readme", type=Path, default=README, help="page with the short table, between markers")
@@ -296,7 +296,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 path.write_text(updated, encoding="utf-8")
     if arguments.check:
         for path in stale:
-            print(f"{path} is not what the results give: run python -m benchmarks.report")
+            print(f"{path} is not what the results give: run python -m benchmarks.reporting")
         return int(bool(stale))
     if sweeps:
         draw(files, arguments.plot)

@@ -41,7 +41,7 @@ import torch
 from torch import Tensor
 
 GIB = 1 << 30
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 
 # Bytes of the first-level cache that one multiprocessor (compute unit) reads a clock, from the vendors' manuals; the
 # ceiling is this times their number times the boost clock.

@@ -1,6 +1,6 @@
 """The multi-dilation depthwise convolution against the library: one convolution a branch, then concatenation.
 
-    pytest benchmarks/bench_aspp.py --benchmark-only
+    pytest benchmarks/measuring/bench_aspp.py --benchmark-only
 
 Ours and the baselines run in both layouts, each on inputs that are already in its layout. On a CPU the batch (and
 for the two largest maps the channels) is scaled down, and the row says from what. The ceiling reads x once and writes
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import Candidate, Row
+from benchmarks.measuring.harness import Candidate, Row
 from dmsa_kernels import multi_dilation_dwconv
 from dmsa_kernels.aspp import fused_dwconv_project
 

@@ -1,8 +1,8 @@
 """What one training step costs, part by part, against the same step made of what people use today: the refinement that
 materialises every shifted map, and one backward pass through the network for every class's activation map.
 
-    python -m benchmarks.bench_step                 # prints parts, memory and the ratio
-    pytest benchmarks/bench_step.py --benchmark-only
+    python -m benchmarks.measuring.bench_step                 # prints parts, memory and the ratio
+    pytest benchmarks/measuring/bench_step.py --benchmark-only
 
 Random weights and pictures: speed does not depend on them. The optimiser's rate is 0, so that every repetition computes
 the same; both steps must then give the same labels and losses, else no ratio is printed.
@@ -26,9 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dmsa_kernels
-from benchmarks.baselines import materialising
-from benchmarks.bench_cam import BACKBONE, encoder, maps_by_loop
-from benchmarks.harness import Candidate, Row, human_bytes, peak_memory, pick_device
+from benchmarks.measuring.baselines import materialising
+from benchmarks.measuring.bench_cam import BACKBONE, encoder, maps_by_loop
+from benchmarks.measuring.harness import Candidate, Row, human_bytes, peak_memory, pick_device
 from dmsa.config import Config, load_preset
 from dmsa.data.base import colour_map
 from dmsa.data.classes import Classes

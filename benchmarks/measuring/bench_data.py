@@ -1,7 +1,7 @@
 """How fast images become training samples, and predictions become scores; both against the plain way.
 
-    python -m benchmarks.bench_data                 # prints images per second and ratios
-    pytest benchmarks/bench_data.py --benchmark-only
+    python -m benchmarks.measuring.bench_data                 # prints images per second and ratios
+    pytest benchmarks/measuring/bench_data.py --benchmark-only
 
 The plain ways: decode a file with Pillow and resize it, nothing else; and one `np.bincount` per image after the
 label went through `np.vectorize` of a dict, as TransFGU's evaluation does. A ratio is the median over interleaved
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.harness import Candidate, Row
+from benchmarks.measuring.harness import Candidate, Row
 from dmsa.config import DataConfig
 from dmsa.data import build
 from dmsa.data.base import SegmentationData, label_lookup, map_label, table

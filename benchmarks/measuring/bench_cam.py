@@ -1,8 +1,8 @@
 """What the on-line class activation maps cost, against one plain forward pass and against one backward pass per class;
 and what batching the crops of the feature bank brings, against one image after the other.
 
-    python -m benchmarks.bench_cam                  # prints the ratios
-    pytest benchmarks/bench_cam.py --benchmark-only
+    python -m benchmarks.measuring.bench_cam                  # prints the ratios
+    pytest benchmarks/measuring/bench_cam.py --benchmark-only
 
 Random weights: speed does not depend on them. The plain forward pass is timm's own, unfrozen blocks or not, without
 gradients. The loop over classes is what TransFGU does (`models/segmenter/segmenter_thingstuff.py`): one backward pass
@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import Candidate, Row, percentile, pick_device, relative_error
+from benchmarks.measuring.harness import Candidate, Row, percentile, pick_device, relative_error
 from dmsa.config import Config, DataConfig, LabelConfig
 from dmsa.labels.cam import KEPT_MASS, attention_gradient_cam, carries_mass
 from dmsa.labels.feature_bank import SquashedImages, build_feature_bank, cut, window_shares, windows

@@ -1,6 +1,6 @@
 """How time and memory grow with the number of classes and of pixels: the report's plot.
 
-pytest benchmarks/bench_sweep.py --benchmark-only
+pytest benchmarks/measuring/bench_sweep.py --benchmark-only
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ import dataclasses
 
 import torch
 
-from benchmarks import bench_refine, cases
-from benchmarks.harness import Row
+from benchmarks.measuring import bench_refine, cases
+from benchmarks.measuring.harness import Row
 
 CHANNELS = {False: (1, 3, 10, 30, 90), True: (1, 3, 10, 30, 100, 300)}
 SIDES = {False: (32, 64, 128, 256), True: (128, 256, 512, 1024, 2048)}
