@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 
 SECTOR_BYTES = 32  # device memory is read in sectors; a narrower channel block would read others' channels
-PROGRAMS = 1056  # eight for each of the 132 multiprocessors of an H100 or H200
+WARPS = 4224  # thirty-two for each of the 132 multiprocessors of an H100 or H200
 BAND_PIXELS = 2048  # pixels of a large map that one program covers, when that gives enough programs
+PLANE_BYTES = 10 << 10  # sixteen planes of this size stay in a multiprocessor's first-level cache
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Plan:
     Attributes:
         block_p: pixels of a tile, a power of two.
         block_c: channels of a tile, a power of two.
-        tiles: tiles a program works through, one after another.
+        tiles: tiles a program works through, one after another; any number.
         num_warps: warps of a program.
     """
 
@@ -61,20 +62,25 @@ def gather_plan(
 ) -> Plan:
     """Return the plan of the forward kernel and of the input gradient, for ``[batch, channels, pixels]``.
 
-    A thread holds 8 values: one 16-byte vector of 16-bit channels, two of float32, 8 pixels of one channel otherwise;
-    half of that where filters are larger than 3 x 3, or their loads in flight spill registers.
+    Channels last, a thread holds 8 values: one 16-byte vector of 16-bit channels, two of float32; half of that where
+    filters are larger than 3 x 3, or their loads in flight spill registers. Channels first, see :func:`_plane_tile`.
     """
-    num_warps = 4
-    block_c = 1
-    if channels_last:
+    if not channels_last:
+        block_p, num_warps = _plane_tile(pixels, dtype, kernel_size)
+        block_c = 1
+    else:
+        num_warps = 4
         block_c = min(power_of_two(channels), 2 * SECTOR_BYTES // dtype.itemsize)
-    values = 1024 if kernel_size == 3 else 512
-    block_p = min(power_of_two(pixels), max(16, values // block_c))
+        block_p = min(power_of_two(pixels), max(16, (1024 if kernel_size == 3 else 512) // block_c))
     per_tile_row = batch * -(-channels // block_c)  # programs, if each covered every tile
     tiles = -(-pixels // block_p)
-    while tiles > 1 and tiles * block_p > BAND_PIXELS and per_tile_row * -(-pixels // (tiles * block_p)) < PROGRAMS:
+    while (
+        tiles > 1
+        and tiles * block_p > BAND_PIXELS
+        and per_tile_row * -(-pixels // (tiles * block_p)) < WARPS // num_warps
+    ):
         tiles = -(-tiles // 2)
-    return Plan(block_p, block_c, power_of_two(tiles), num_warps)
+    return Plan(block_p, block_c, tiles, num_warps)
 
 
 def weight_plan(
@@ -84,26 +90,40 @@ def weight_plan(
 
     A program keeps one running sum a tap and value; fewer values a thread make room for more taps.
     """
-    block_c = 1
-    if channels_last:
+    if not channels_last:
+        block_p, num_warps = _plane_tile(pixels, dtype, kernel_size)
+        block_c = 1
+    else:
+        num_warps = 4
         block_c = min(power_of_two(channels), SECTOR_BYTES // dtype.itemsize)
-    num_warps = 4
-    block_p = min(power_of_two(pixels), max(16, 1024 // block_c))
+        block_p = min(power_of_two(pixels), max(16, 1024 // block_c))
     groups = branches * -(-channels // block_c) * (kernel_size if kernel_size > 3 else 1)
     total = batch * -(-pixels // block_p)
-    splits = max(1, min(total, PROGRAMS // groups))
-    return Plan(block_p, block_c, power_of_two(-(-total // splits)), num_warps)
+    splits = max(1, min(total, WARPS // num_warps // groups))
+    return Plan(block_p, block_c, -(-total // splits), num_warps)
 
 
-def project_plan(out_channels: int, dtype: torch.dtype) -> ProjectPlan:
+def _plane_tile(pixels: int, dtype: torch.dtype, kernel_size: int) -> tuple[int, int]:
+    """Return the pixels and warps of a tile of one channel's plane.
+
+    The warps of a program share their plane's lines in the first-level cache; of small planes, a multiprocessor holds
+    one a warp. Programs of one warp then leave the fewest lanes beyond the end of the plane, and 4 pixels a thread
+    share the addresses of a filter row. Larger planes' rows pay for 8.
+    """
+    if pixels * dtype.itemsize <= PLANE_BYTES:
+        return min(max(32, power_of_two(pixels)), 128), 1
+    return (512, 2) if kernel_size == 3 else (256, 2)
+
+
+def project_plan(out_channels: int, dtype: torch.dtype, channels_last: bool) -> ProjectPlan:
     """Return the plan of the fused kernel.
 
     Output blocks as wide as the registers allow (64 accumulators a thread in 16-bit types, 32 in float32, whose product
     runs without matrix units and holds its operands in registers too): each repeats the taps. Channels last, a pixel's
-    block of input channels is two sectors.
+    block of input channels is two sectors; channels first, every channel's address takes registers of its own.
     """
-    half = dtype.itemsize == 2
-    block_o = min(max(16, power_of_two(out_channels)), 256 if half else 128)
+    widest = (256 if dtype.itemsize == 2 else 128) // (1 if channels_last else 2)
+    block_o = min(max(16, power_of_two(out_channels)), widest)
     return ProjectPlan(64, 2 * SECTOR_BYTES // dtype.itemsize, block_o, 8)
 
 

@@ -247,7 +247,7 @@ def test_an_unknown_form_is_named():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("out_channels", [1, 17, 384, 2048])
 def test_plans_suit_a_matrix_product(dtype, out_channels):
-    plan = launch.project_plan(out_channels, dtype)
+    plan = launch.project_plan(out_channels, dtype, True)
     for value in (plan.block_p, plan.block_c, plan.block_o):
         assert value == launch.power_of_two(value) >= 16
     assert plan.block_p * plan.block_o <= 64 * 32 * plan.num_warps

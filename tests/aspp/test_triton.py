@@ -138,8 +138,9 @@ def test_plans_cover_the_map(kernel_size, channels_last, dtype, batch, channels,
     gather = launch.gather_plan(batch, channels, pixels, kernel_size, dtype, channels_last)
     weight = launch.weight_plan(batch, channels, pixels, 3, kernel_size, dtype, channels_last)
     for plan in (gather, weight):
-        for value in (plan.block_p, plan.block_c, plan.tiles):
+        assert plan.tiles >= 1
+        for value in (plan.block_p, plan.block_c):
             assert value == launch.power_of_two(value)
         assert plan.block_c == 1 or channels_last
         assert plan.block_p * plan.block_c <= 2048
-    assert gather.block_p * gather.tiles < 2 * max(16, pixels)
+    assert gather.block_p * gather.tiles < 2 * max(256, pixels)

@@ -12,8 +12,11 @@ from torch import Tensor
 from dmsa_kernels.aspp.launch import weight_plan
 from dmsa_kernels.aspp.layout import empty_map, in_layout_of, is_channels_last
 from dmsa_kernels.aspp.triton.forward import (
+    _inside,
+    _load,
+    _map_offsets,
     _shift,
-    _tile_offsets,
+    _tile_pixels,
     launch_dilations,
     launch_gather,
     needs_wide_offsets,
@@ -22,7 +25,7 @@ from dmsa_kernels.aspp.triton.forward import (
 from dmsa_kernels.tuning import OfflineCase
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "tiles_each"])
 def dwconv_bwd_w_kernel(
     grad_ptr,
     x_ptr,
@@ -33,6 +36,7 @@ def dwconv_bwd_w_kernel(
     channels,
     height,
     width,
+    tiles_each,  # of a program
     stride_grad_b,
     stride_grad_r,
     stride_grad_c,
@@ -47,10 +51,10 @@ def dwconv_bwd_w_kernel(
     ROWS: tl.constexpr,
     NEED_WEIGHT: tl.constexpr,
     NEED_BIAS: tl.constexpr,
+    FULL_C: tl.constexpr,  # channels are a multiple of BLOCK_C
     WIDE: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    TILES: tl.constexpr,
 ):
     """grad_w_r,ij = sum_b,q grad_r(q) x(q + d_r (i - k // 2, j - k // 2)) over one split's tiles; grad_bias likewise.
 
@@ -77,42 +81,49 @@ def dwconv_bwd_w_kernel(
     for _tap in tl.static_range(ROWS * K):
         sums = sums + (tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32),)  # noqa: RUF005 Triton knows no unpacking
     bias_sum = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
-    for t in range(TILES):
-        item = split * TILES + t
+    t = 0
+    while t < tiles_each:
+        item = split * tiles_each + t
         i_b = item // tiles
         tile = item - i_b * tiles
         if i_b < batch:
             first_row = (tile * BLOCK_P) // width
             last_row = tl.minimum(tile * BLOCK_P + BLOCK_P - 1, pixels - 1) // width
-            row, col, m_p, o_g = _tile_offsets(
-                tile, width, pixels, o_c, stride_grad_h, stride_grad_w, stride_grad_c, BLOCK_P, WIDE
-            )
-            row, col, m_p, o_x = _tile_offsets(
-                tile, width, pixels, o_c, stride_x_h, stride_x_w, stride_x_c, BLOCK_P, WIDE
-            )
+            row, col, m_p = _tile_pixels(tile, width, pixels, BLOCK_P)
+            o_g = _map_offsets(row, col, o_c, stride_grad_h, stride_grad_w, stride_grad_c, WIDE)
+            o_x = _map_offsets(row, col, o_c, stride_x_h, stride_x_w, stride_x_c, WIDE)
             p_x = x_ptr + i_b.to(tl.int64) * stride_x_b
-            p_g = grad_ptr + i_b.to(tl.int64) * stride_grad_b + o_g
-            # [P, C]
-            b_g = tl.load(p_g, mask=m_p[:, None] & m_c[None, :], other=0.0).to(tl.float32)
+            # [P, C]: 0 for pixels beyond the map, which take the last pixel's x
+            b_g = _load(grad_ptr + i_b.to(tl.int64) * stride_grad_b + o_g, m_p, m_c, True, FULL_C).to(tl.float32)
             if NEED_BIAS:
                 bias_sum += b_g
             if NEED_WEIGHT:
                 for i in tl.static_range(ROWS):
                     dy = (i_group * ROWS + i - K // 2) * dilation
-                    if (last_row + dy >= 0) & (first_row + dy < height):
-                        m_row = m_p & (row + dy >= 0) & (row + dy < height)
+                    if ROWS == 1:  # which side of the centre is not known at compile time
+                        some = (last_row + dy >= 0) & (first_row + dy < height)
+                        m_row = (row + dy >= 0) & (row + dy < height)
+                    else:
+                        some = i == 1 or _inside(last_row if i == 0 else first_row, height, dy, i - 1)
+                        m_row = _inside(row, height, dy, i - 1)
+                    if some:
                         updated = ()
                         for n in tl.static_range(ROWS * K):
                             if n // K == i:
                                 dx = (n % K - K // 2) * dilation
-                                m_x = m_row & (col + dx >= 0) & (col + dx < width)
+                                m_x = m_row
+                                if n % K != K // 2:
+                                    m_x = _inside(col, width, dx, n % K - K // 2)
+                                    if ROWS == 1 or i != 1:
+                                        m_x = m_x & m_row
                                 p_shifted = p_x + _shift(dy, dx, stride_x_h, stride_x_w, WIDE) + o_x
                                 # [P, C]
-                                b_x = tl.load(p_shifted, mask=m_x[:, None] & m_c[None, :], other=0.0)
+                                b_x = _load(p_shifted, m_x, m_c, ROWS == 1 or n != 4, FULL_C)
                                 updated = updated + (sums[n] + b_g * b_x.to(tl.float32),)  # noqa: RUF005
                             else:
                                 updated = updated + (sums[n],)  # noqa: RUF005
                         sums = updated
+        t += 1
     if NEED_WEIGHT:
         p_w = grad_w_ptr + ((split * R + i_r).to(tl.int64) * K * K + i_group * ROWS * K) * channels
         for n in tl.static_range(ROWS * K):
@@ -141,7 +152,15 @@ def multi_dilation_dwconv_backward(
     grad_x, grad_weight, grad_bias = x.new_empty(0), weight.new_empty(0), weight.new_empty(0)
     if need_x:
         grad_x = empty_map(x, channels)
-        launch_gather(grad[:, :channels], branch_stride, tap_major(weight.flip(2, 3)), None, dilations, grad_x, 0)
+        launch_gather(
+            grad[:, :channels],
+            branch_stride,
+            tap_major(weight.flip(2, 3), is_channels_last(grad_x)),
+            None,
+            dilations,
+            grad_x,
+            0,
+        )
     if need_weight or need_bias:
         grad_weight, grad_bias = _parameter_gradients(
             grad, branch_stride, x, weight, dilations, need_weight=need_weight, need_bias=need_bias
@@ -185,6 +204,7 @@ def _parameter_gradients(
         channels,
         height,
         width,
+        plan.tiles,
         grad.stride(0),
         branch_stride,
         grad.stride(1),
@@ -199,10 +219,10 @@ def _parameter_gradients(
         ROWS=rows,
         NEED_WEIGHT=need_weight,
         NEED_BIAS=need_bias,
+        FULL_C=channels % plan.block_c == 0,
         WIDE=needs_wide_offsets(x, 0, grad, branch_stride, branches, farthest),
         BLOCK_P=plan.block_p,
         BLOCK_C=plan.block_c,
-        TILES=plan.tiles,
         num_warps=plan.num_warps,
     )
     grad_weight, grad_bias = weight.new_empty(0), weight.new_empty(0)
@@ -231,10 +251,10 @@ def offline_cases() -> Iterator[OfflineCase]:
                     "ROWS": _rows_of_a_program(kernel_size, True),
                     "NEED_WEIGHT": True,
                     "NEED_BIAS": True,
+                    "FULL_C": True,
                     "WIDE": False,
                     "BLOCK_P": plan.block_p,
                     "BLOCK_C": plan.block_c,
-                    "TILES": plan.tiles,
                 }
                 for side, width in (("x", channels), ("grad", branches * channels)):
                     if channels_last:

@@ -15,17 +15,26 @@ from dmsa_kernels.tuning import OfflineCase
 
 
 @triton.jit
-def _tile_offsets(tile, width, pixels, o_c, stride_h, stride_w, stride_c, BLOCK_P: tl.constexpr, WIDE: tl.constexpr):
-    """Return row, column and mask of a tile's pixels [P], and their offsets in a map [P, C]."""
+def _tile_pixels(tile, width, pixels, BLOCK_P: tl.constexpr):
+    """Return row and column of a tile's pixels [P], and which of them exist.
+
+    Pixels beyond the map take the last one's coordinates, so that their loads need no mask of their own.
+    """
     o_p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
-    row = o_p // width
-    col = o_p - row * width
+    o_inside = tl.minimum(o_p, pixels - 1)
+    row = o_inside // width
+    return row, o_inside - row * width, o_p < pixels
+
+
+@triton.jit
+def _map_offsets(row, col, o_c, stride_h, stride_w, stride_c, WIDE: tl.constexpr):
+    """Return the offsets of pixels [P] and channels [C] in a map [P, C]."""
     if WIDE:
-        offsets = (row.to(tl.int64) * stride_h + col.to(tl.int64) * stride_w)[:, None]
-        offsets += (o_c.to(tl.int64) * stride_c)[None, :]
+        return (row.to(tl.int64) * stride_h + col.to(tl.int64) * stride_w)[:, None] + (o_c.to(tl.int64) * stride_c)[
+            None, :
+        ]
     else:
-        offsets = (row * stride_h + col * stride_w)[:, None] + (o_c * stride_c)[None, :]
-    return row, col, o_p < pixels, offsets
+        return (row * stride_h + col * stride_w)[:, None] + (o_c * stride_c)[None, :]
 
 
 @triton.jit
@@ -40,42 +49,74 @@ def _shift(dy, dx, stride_h, stride_w, WIDE: tl.constexpr):
 
 
 @triton.jit
+def _load(p, m_p, m_c, HAS_P: tl.constexpr, FULL_C: tl.constexpr):
+    """Load ``p [P, C]``, 0 where the pixel's (if ``HAS_P``) or the channel's mask (unless ``FULL_C``) says no.
+
+    A mask costs a predicate and a cleared register a value, as many instructions as the multiply-add and its load.
+    """
+    if HAS_P and FULL_C:
+        return tl.load(p, mask=m_p[:, None], other=0.0)
+    elif HAS_P:
+        return tl.load(p, mask=m_p[:, None] & m_c[None, :], other=0.0)
+    elif FULL_C:
+        return tl.load(p)
+    else:
+        return tl.load(p, mask=m_c[None, :], other=0.0)
+
+
+@triton.jit
+def _load_channels(p, m_c, FULL_C: tl.constexpr):
+    """Load ``p [C]`` as float32, 0 beyond the last channel."""
+    if FULL_C:
+        return tl.load(p).to(tl.float32)
+    else:
+        return tl.load(p, mask=m_c, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _inside(position, size, offset, SIDE: tl.constexpr):
+    """Return whether ``position + offset`` is in ``[0, size)``; SIDE is the offset's sign: one end is enough."""
+    return position >= -offset if SIDE < 0 else position < size - offset
+
+
+@triton.jit
 def _add_filter_row(
     acc,  # [P, C] float32
     x_ptr,  # the source's image
-    w_ptr,  # [k, C], channels adjacent
+    w_ptr,  # [k, C] float32
     offsets,  # [P, C]
-    row,
+    m_row,  # [P]: whether the row is inside the map
     col,
-    m_p,
     m_c,
     o_c,
-    first_row,
-    last_row,
     dy,
     dilation,
-    height,
     width,
-    channels,
     stride_h,
     stride_w,
+    stride_tap,
+    stride_channel,
     K: tl.constexpr,
-    CENTRE: tl.constexpr,
+    HAS_ROW: tl.constexpr,  # the row may be outside
+    CENTRE: tl.constexpr,  # the middle tap is not left out
+    FULL_C: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Add the taps of one filter row to ``acc``, unless it misses the map for the whole tile."""
-    if (last_row + dy >= 0) & (first_row + dy < height):
-        m_row = m_p & (row + dy >= 0) & (row + dy < height)
-        for j in tl.static_range(K):
-            if CENTRE or j != K // 2:
-                dx = (j - K // 2) * dilation
-                m_x = m_row & (col + dx >= 0) & (col + dx < width)
-                p_x = x_ptr + _shift(dy, dx, stride_h, stride_w, WIDE) + offsets
-                # [P, C]
-                b_x = tl.load(p_x, mask=m_x[:, None] & m_c[None, :], other=0.0)
-                # [C]
-                b_w = tl.load(w_ptr + j * channels + o_c, mask=m_c, other=0.0)
-                acc += b_x.to(tl.float32) * b_w.to(tl.float32)[None, :]
+    """Add the taps of one filter row to ``acc``."""
+    for j in tl.static_range(K):
+        if CENTRE or j != K // 2:
+            dx = (j - K // 2) * dilation
+            m_x = m_row
+            if j != K // 2:
+                m_x = _inside(col, width, dx, j - K // 2)
+                if HAS_ROW:
+                    m_x = m_x & m_row
+            p_x = x_ptr + _shift(dy, dx, stride_h, stride_w, WIDE) + offsets
+            # [P, C]
+            b_x = _load(p_x, m_x, m_c, HAS_ROW or j != K // 2, FULL_C)
+            # [C]
+            b_w = _load_channels(w_ptr + j * stride_tap + o_c * stride_channel, m_c, FULL_C)
+            acc += b_x.to(tl.float32) * b_w[None, :]
     return acc
 
 
@@ -83,11 +124,10 @@ def _add_filter_row(
 def _add_taps(
     acc,  # [P, C] float32
     x_ptr,  # the source's image
-    w_ptr,  # [k, k, C], channels adjacent
+    w_ptr,  # [k, k, C] float32
     offsets,  # [P, C]
     row,
     col,
-    m_p,
     m_c,
     o_c,
     first_row,
@@ -95,69 +135,73 @@ def _add_taps(
     dilation,
     height,
     width,
-    channels,
     stride_h,
     stride_w,
+    stride_tap,
+    stride_channel,
     K: tl.constexpr,
     CENTRE: tl.constexpr,
+    FULL_C: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Add one branch's taps to ``acc``."""
+    """Add one branch's taps to ``acc``; a filter row that misses the map for the whole tile is skipped."""
     if K == 3:
         for i in tl.static_range(K):
-            acc = _add_filter_row(
-                acc,
-                x_ptr,
-                w_ptr + i * K * channels,
-                offsets,
-                row,
-                col,
-                m_p,
-                m_c,
-                o_c,
-                first_row,
-                last_row,
-                (i - K // 2) * dilation,
-                dilation,
-                height,
-                width,
-                channels,
-                stride_h,
-                stride_w,
-                K,
-                CENTRE or i != K // 2,
-                WIDE,
-            )
+            dy = (i - 1) * dilation
+            if i == 1 or _inside(last_row if i == 0 else first_row, height, dy, i - 1):
+                acc = _add_filter_row(
+                    acc,
+                    x_ptr,
+                    w_ptr + i * K * stride_tap,
+                    offsets,
+                    _inside(row, height, dy, i - 1),
+                    col,
+                    m_c,
+                    o_c,
+                    dy,
+                    dilation,
+                    width,
+                    stride_h,
+                    stride_w,
+                    stride_tap,
+                    stride_channel,
+                    K,
+                    i != 1,
+                    CENTRE or i != 1,
+                    FULL_C,
+                    WIDE,
+                )
     else:
         # Unrolled, the offsets of so many taps would be computed ahead of the loop over tiles, and spill.
         for i in range(K):
-            acc = _add_filter_row(
-                acc,
-                x_ptr,
-                w_ptr + i * K * channels,
-                offsets,
-                row,
-                col,
-                m_p,
-                m_c,
-                o_c,
-                first_row,
-                last_row,
-                (i - K // 2) * dilation,
-                dilation,
-                height,
-                width,
-                channels,
-                stride_h,
-                stride_w,
-                K,
-                True,
-                WIDE,
-            )
+            dy = (i - K // 2) * dilation
+            if (last_row + dy >= 0) & (first_row + dy < height):
+                acc = _add_filter_row(
+                    acc,
+                    x_ptr,
+                    w_ptr + i * K * stride_tap,
+                    offsets,
+                    (row + dy >= 0) & (row + dy < height),
+                    col,
+                    m_c,
+                    o_c,
+                    dy,
+                    dilation,
+                    width,
+                    stride_h,
+                    stride_w,
+                    stride_tap,
+                    stride_channel,
+                    K,
+                    True,
+                    True,
+                    FULL_C,
+                    WIDE,
+                )
     return acc
 
 
-@triton.jit(do_not_specialize=["stride_w_tile"])
+@triton.jit(do_not_specialize=["bands", "tiles", "stride_w_tile"])
 def dwconv_fwd_kernel(
     x_ptr,
     w_ptr,
@@ -168,6 +212,9 @@ def dwconv_fwd_kernel(
     height,
     width,
     bands,
+    tiles,  # of a program
+    stride_w_tap,
+    stride_w_c,
     stride_w_tile,
     stride_x_b,
     stride_x_r,
@@ -185,10 +232,10 @@ def dwconv_fwd_kernel(
     SHARED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     CHANNELS_FASTEST: tl.constexpr,
+    FULL_C: tl.constexpr,  # channels are a multiple of BLOCK_C
     WIDE: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    TILES: tl.constexpr,
 ):
     """y_r(q) = bias_r + sum_ij w_r,ij x_r(q + d_r (i - k // 2, j - k // 2)), or the sum of the y_r.
 
@@ -209,22 +256,20 @@ def dwconv_fwd_kernel(
     m_c = o_c < channels
     x_ptr += i_b.to(tl.int64) * stride_x_b
     y_ptr += i_b.to(tl.int64) * stride_y_b
-    for t in range(TILES):
-        tile = band * TILES + t
+    t = 0
+    while t < tiles:
+        tile = band * tiles + t
         first = tile * BLOCK_P
         if first < pixels:
             first_row = first // width
             last_row = tl.minimum(first + BLOCK_P - 1, pixels - 1) // width
-            row, col, m_p, o_x = _tile_offsets(
-                tile, width, pixels, o_c, stride_x_h, stride_x_w, stride_x_c, BLOCK_P, WIDE
-            )
-            row, col, m_p, o_y = _tile_offsets(
-                tile, width, pixels, o_c, stride_y_h, stride_y_w, stride_y_c, BLOCK_P, WIDE
-            )
-            mask = m_p[:, None] & m_c[None, :]
+            row, col, m_p = _tile_pixels(tile, width, pixels, BLOCK_P)
+            o_x = _map_offsets(row, col, o_c, stride_x_h, stride_x_w, stride_x_c, WIDE)
+            o_y = _map_offsets(row, col, o_c, stride_y_h, stride_y_w, stride_y_c, WIDE)
+            mask = m_p[:, None] if FULL_C else m_p[:, None] & m_c[None, :]
             total = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
             if SHARED and K == 3:
-                b_centre = tl.load(x_ptr + o_x, mask=mask, other=0.0).to(tl.float32)
+                b_centre = _load(x_ptr + o_x, m_p, m_c, False, FULL_C).to(tl.float32)
             for r in tl.static_range(R):
                 p_w = w_ptr + r * K * K * channels
                 if K == 3 and CHANNELS_FASTEST:
@@ -232,8 +277,10 @@ def dwconv_fwd_kernel(
                     # spill, the registers. It cannot know that this stride is zero.
                     p_w += t * stride_w_tile * 16  # a multiple, for wide loads
                 if SHARED and K == 3:
-                    b_w = tl.load(p_w + (K * K // 2) * channels + o_c, mask=m_c, other=0.0)
-                    acc = b_centre * b_w.to(tl.float32)[None, :]
+                    acc = (
+                        b_centre
+                        * _load_channels(p_w + (K * K // 2) * stride_w_tap + o_c * stride_w_c, m_c, FULL_C)[None, :]
+                    )
                 else:
                     acc = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
                 p_x = x_ptr + _shift(r, 0, stride_x_r, 0, WIDE)
@@ -245,7 +292,6 @@ def dwconv_fwd_kernel(
                     o_x,
                     row,
                     col,
-                    m_p,
                     m_c,
                     o_c,
                     first_row,
@@ -253,16 +299,17 @@ def dwconv_fwd_kernel(
                     dilations[r] >> 1,
                     height,
                     width,
-                    channels,
                     stride_x_h,
                     stride_x_w,
+                    stride_w_tap,
+                    stride_w_c,
                     K,
                     not SHARED or K > 3,
+                    FULL_C,
                     WIDE,
                 )
                 if HAS_BIAS:
-                    b_bias = tl.load(bias_ptr + r * channels + o_c, mask=m_c, other=0.0)
-                    acc += b_bias.to(tl.float32)[None, :]
+                    acc += _load_channels(bias_ptr + r * channels + o_c, m_c, FULL_C)[None, :]
                 if SUM:
                     total += acc
                 else:
@@ -272,6 +319,7 @@ def dwconv_fwd_kernel(
             if SUM:
                 b_y = total.to(y_ptr.dtype.element_ty)
                 tl.store(y_ptr + o_y, b_y, mask=mask, eviction_policy="evict_first")
+        t += 1
 
 
 def multi_dilation_dwconv(
@@ -281,13 +329,20 @@ def multi_dilation_dwconv(
     branches, channels = weight.shape[:2]
     out = empty_map(x, channels * (1 if reduce == "sum" else branches))
     branch_stride = 0 if reduce == "sum" else channels * out.stride(1)
-    launch_gather(x, 0, tap_major(weight), bias, dilations, out, branch_stride)
+    launch_gather(x, 0, tap_major(weight, is_channels_last(out)), bias, dilations, out, branch_stride)
     return out
 
 
-def tap_major(weight: Tensor) -> Tensor:
-    """Return ``[R, k, k, C]``, contiguous: the channels of one tap are adjacent, so that a tile loads them at once."""
-    return weight.permute(0, 2, 3, 1).contiguous()
+def tap_major(weight: Tensor, channels_last: bool) -> Tensor:
+    """Return filters ``[R, C, k, k]`` as ``[R, k, k, C]`` in float32, so that a tile converts nothing.
+
+    Channels last, the channels of one tap are adjacent, so that a tile loads them at once; else the taps of a channel.
+    """
+    branches, channels, kernel_size, _ = weight.shape
+    if not channels_last:
+        return weight.to(torch.float32).contiguous().permute(0, 2, 3, 1)
+    out = weight.new_empty((branches, kernel_size, kernel_size, channels), dtype=torch.float32)
+    return out.copy_(weight.permute(0, 2, 3, 1))
 
 
 def launch_dilations(dilations: Sequence[int], farthest: int) -> tuple[int, ...]:
@@ -317,7 +372,7 @@ def launch_gather(
     Args:
         source: the first branch's map ``[B, >= C, H, W]``, any strides.
         source_branch_stride: elements from one branch's source to the next, 0 when they share it.
-        filters: ``[R, k, k, C]``, contiguous.
+        filters: of :func:`tap_major`, ``[R, k, k, C]``.
         bias: ``[R, C]`` or ``None``.
         dilations: R dilations.
         out: the first branch's output, the shape of the source.
@@ -342,6 +397,9 @@ def launch_gather(
         height,
         width,
         bands,
+        plan.tiles,
+        filters.stride(2),
+        filters.stride(3),
         0,
         source.stride(0),
         source_branch_stride,
@@ -359,10 +417,10 @@ def launch_gather(
         SHARED=source_branch_stride == 0,
         HAS_BIAS=bias is not None,
         CHANNELS_FASTEST=channels_last,
+        FULL_C=channels % plan.block_c == 0,
         WIDE=needs_wide_offsets(source, source_branch_stride, out, out_branch_stride, branches, farthest),
         BLOCK_P=plan.block_p,
         BLOCK_C=plan.block_c,
-        TILES=plan.tiles,
         num_warps=plan.num_warps,
     )
 
@@ -414,10 +472,10 @@ def _offline_case(
         "SHARED": not joined,
         "HAS_BIAS": not joined,
         "CHANNELS_FASTEST": channels_last,
+        "FULL_C": True,
         "WIDE": False,
         "BLOCK_P": plan.block_p,
         "BLOCK_C": plan.block_c,
-        "TILES": plan.tiles,
     }
     for side, width in (
         ("x", branches * channels if joined else channels),
@@ -432,7 +490,7 @@ def _offline_case(
     return OfflineCase(
         f"dwconv_fwd {'sum' if joined else 'concat'} {name[1:]} {layout} k={kernel_size} {size}x{size} {plan}",
         dwconv_fwd_kernel,
-        {"x_ptr": name, "w_ptr": name, "bias_ptr": name, "y_ptr": name, "dilations": ("i32",) * branches},
+        {"x_ptr": name, "w_ptr": "*fp32", "bias_ptr": name, "y_ptr": name, "dilations": ("i32",) * branches},
         constants,
         num_warps=plan.num_warps,
         every_target=every_target,

@@ -10,11 +10,13 @@ import triton.language as tl
 from torch import Tensor
 
 from dmsa_kernels.aspp.launch import project_plan
-from dmsa_kernels.aspp.layout import empty_map
+from dmsa_kernels.aspp.layout import empty_map, is_channels_last
 from dmsa_kernels.aspp.triton.forward import (
     _add_taps,
+    _load_channels,
+    _map_offsets,
     _shift,
-    _tile_offsets,
+    _tile_pixels,
     launch_dilations,
     needs_wide_offsets,
     tap_major,
@@ -25,7 +27,7 @@ from dmsa_kernels.tuning import OfflineCase
 @triton.jit
 def dwconv_project_fwd_kernel(
     x_ptr,
-    w_ptr,  # [R, k, k, C]
+    w_ptr,  # [R, k, k, C] float32
     bias_ptr,  # [R, C]
     projection_ptr,  # [R, C, O]
     offset_ptr,  # [B, O]
@@ -48,6 +50,7 @@ def dwconv_project_fwd_kernel(
     K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_OFFSET: tl.constexpr,
+    FULL_C: tl.constexpr,  # channels are a multiple of BLOCK_C
     WIDE: tl.constexpr,
     WIDEN: tl.constexpr,
     BLOCKS_C: tl.constexpr,  # Triton 3.6's interpreter wants a plain number as the bound of a loop
@@ -73,12 +76,13 @@ def dwconv_project_fwd_kernel(
     m_o = o_o < out_channels
     x_ptr += i_b.to(tl.int64) * stride_x_b
     y_ptr += i_b.to(tl.int64) * stride_y_b
+    row, col, m_p = _tile_pixels(tile, width, pixels, BLOCK_P)
     acc = tl.zeros((BLOCK_P, BLOCK_O), dtype=tl.float32)
     # One stage: more would buffer every branch's projection block in shared memory.
     for c in tl.range(0, BLOCKS_C * BLOCK_C, BLOCK_C, num_stages=1):
         o_c = c + tl.arange(0, BLOCK_C)
         m_c = o_c < channels
-        row, col, m_p, o_x = _tile_offsets(tile, width, pixels, o_c, stride_x_h, stride_x_w, stride_x_c, BLOCK_P, WIDE)
+        o_x = _map_offsets(row, col, o_c, stride_x_h, stride_x_w, stride_x_c, WIDE)
         # A loop, not unrolled: the branches differ in numbers alone.
         for r in tl.range(0, R, num_stages=1):
             dilation = dilations[0]
@@ -91,7 +95,6 @@ def dwconv_project_fwd_kernel(
                 o_x,
                 row,
                 col,
-                m_p,
                 m_c,
                 o_c,
                 first_row,
@@ -99,16 +102,17 @@ def dwconv_project_fwd_kernel(
                 dilation >> 1,
                 height,
                 width,
-                channels,
                 stride_x_h,
                 stride_x_w,
+                channels,
+                1,
                 K,
                 True,
+                FULL_C,
                 WIDE,
             )
             if HAS_BIAS:
-                b_bias = tl.load(bias_ptr + r * channels + o_c, mask=m_c, other=0.0)
-                branch += b_bias.to(tl.float32)[None, :]
+                branch += _load_channels(bias_ptr + r * channels + o_c, m_c, FULL_C)[None, :]
             p_projection = projection_ptr + _shift(r * channels + o_c, 0, out_channels, 0, WIDE)[:, None] + o_o[None, :]
             # [C, O]
             b_projection = tl.load(p_projection, mask=m_c[:, None] & m_o[None, :], other=0.0)
@@ -120,7 +124,7 @@ def dwconv_project_fwd_kernel(
     if HAS_OFFSET:
         b_offset = tl.load(offset_ptr + i_b.to(tl.int64) * out_channels + o_o, mask=m_o, other=0.0)
         acc += b_offset.to(tl.float32)[None, :]
-    row, col, m_p, o_y = _tile_offsets(tile, width, pixels, o_o, stride_y_h, stride_y_w, stride_y_c, BLOCK_P, WIDE)
+    o_y = _map_offsets(row, col, o_o, stride_y_h, stride_y_w, stride_y_c, WIDE)
     tl.store(y_ptr + o_y, acc.to(y_ptr.dtype.element_ty), mask=m_p[:, None] & m_o[None, :])
 
 
@@ -134,12 +138,12 @@ def fused_dwconv_project(
     out = empty_map(x, out_channels)
     if out.numel() == 0:
         return out
-    plan = project_plan(out_channels, x.dtype)
+    plan = project_plan(out_channels, x.dtype, is_channels_last(x))
     bands = triton.cdiv(height * width, plan.block_p)
     farthest = max(height, width)
     dwconv_project_fwd_kernel[(batch * bands * triton.cdiv(out_channels, plan.block_o),)](
         x,
-        tap_major(weight),
+        tap_major(weight, True),
         None if bias is None else bias.contiguous(),
         projection.t().contiguous(),
         None if offset is None else offset.contiguous(),
@@ -162,6 +166,7 @@ def fused_dwconv_project(
         K=kernel_size,
         HAS_BIAS=bias is not None,
         HAS_OFFSET=offset is not None,
+        FULL_C=channels % plan.block_c == 0,
         WIDE=needs_wide_offsets(x, 0, out, 0, 1, farthest) or projection.numel() > torch.iinfo(torch.int32).max,
         # The interpreter would multiply the bit patterns of bfloat16; widened, the products are exact as on a GPU.
         WIDEN=x.device.type == "cpu" and x.dtype == torch.bfloat16,
@@ -180,12 +185,13 @@ def offline_cases() -> Iterator[OfflineCase]:
     for dtype, name in ((torch.float32, "*fp32"), (torch.bfloat16, "*bf16")):
         for layout in ("nchw", "channels_last"):
             for kernel_size in (3, 7) if layout == "channels_last" else (3,):
-                plan = project_plan(channels, dtype)
+                plan = project_plan(channels, dtype, layout == "channels_last")
                 constants: dict[str, object] = {
                     "R": branches,
                     "K": kernel_size,
                     "HAS_BIAS": True,
                     "HAS_OFFSET": True,
+                    "FULL_C": True,
                     "WIDE": False,
                     "WIDEN": False,
                     "BLOCKS_C": triton.cdiv(channels, plan.block_c),
@@ -205,7 +211,8 @@ def offline_cases() -> Iterator[OfflineCase]:
                     f"dwconv_project_fwd {name[1:]} {layout} k={kernel_size} {plan}",
                     dwconv_project_fwd_kernel,
                     {
-                        **dict.fromkeys(("x_ptr", "w_ptr", "bias_ptr", "projection_ptr", "offset_ptr", "y_ptr"), name),
+                        **dict.fromkeys(("x_ptr", "bias_ptr", "projection_ptr", "offset_ptr", "y_ptr"), name),
+                        "w_ptr": "*fp32",
                         "dilations": ("i32",) * branches,
                     },
                     constants,
