@@ -12,6 +12,9 @@ import pytest
 import torch
 
 from benchmarks.measuring import harness
+from benchmarks.measuring.machines import machine, pick_device
+from benchmarks.measuring.results import Result, table, write_csv
+from benchmarks.measuring.rows import Row
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -31,14 +34,14 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[DEADLINE] = time.monotonic() + config.getoption("--bench-seconds")
 
 
-RESULTS: pytest.StashKey[list[harness.Result]] = pytest.StashKey()
+RESULTS: pytest.StashKey[list[Result]] = pytest.StashKey()
 DEADLINE: pytest.StashKey[float] = pytest.StashKey()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "row" not in metafunc.fixturenames:
         return
-    device = harness.pick_device(metafunc.config.getoption("--bench-device"))
+    device = pick_device(metafunc.config.getoption("--bench-device"))
     full = device.type == "cuda" or metafunc.config.getoption("--bench-full")
     module: types.ModuleType = metafunc.module
     metafunc.parametrize("row", module.rows(device, full=full), ids=str)
@@ -48,9 +51,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def measure(benchmark, request):
     """Return `measure(row)`: all candidates through the harness, ours through pytest-benchmark's table as well."""
 
-    def run(row: harness.Row) -> None:
+    def run(row: Row) -> None:
         config = request.config
-        mach = harness.machine(harness.pick_device(config.getoption("--bench-device")))
+        mach = machine(pick_device(config.getoption("--bench-device")))
         results = harness.measure(
             row, mach, seconds=config.getoption("--bench-row-seconds"), deadline=config.stash[DEADLINE]
         )
@@ -58,7 +61,7 @@ def measure(benchmark, request):
         if path:
             # Row by row, so that an interrupted run keeps what it has.
             append = bool(config.stash[RESULTS]) or config.getoption("--bench-append")
-            harness.write_csv(results, path, append=append)
+            write_csv(results, path, append=append)
         config.stash[RESULTS].extend(results)
         for result in results:
             benchmark.extra_info[result.candidate] = (
@@ -87,12 +90,12 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     results = config.stash[RESULTS]
     if not results:
         return
-    device = harness.pick_device(config.getoption("--bench-device"))
+    device = pick_device(config.getoption("--bench-device"))
     terminalreporter.section("workloads")
-    terminalreporter.write_line(harness.machine(device).describe())
+    terminalreporter.write_line(machine(device).describe())
     if any(result.scaled_from for result in results):
         terminalreporter.write_line("Sizes are scaled down on this device, as each line says; --bench-full runs all.")
-    terminalreporter.write_line(harness.table(results))
+    terminalreporter.write_line(table(results))
     path = config.getoption("--bench-csv")
     if path:
         terminalreporter.write_line(f"written to {path}")

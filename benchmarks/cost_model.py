@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.measuring import cases
-from benchmarks.measuring.harness import RESULTS, Result, number, read_csv, result_files
+from benchmarks.measuring.results import RESULTS, Result, number, read_csv, result_files
 
 NOTES = Path(__file__).parent / "NOTES.md"
 BEGIN, END = "<!-- cost model:begin -->", "<!-- cost model:end -->"

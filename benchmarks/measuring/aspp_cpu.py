@@ -29,7 +29,7 @@ import torch
 
 from benchmarks.measuring import bench_aspp
 from benchmarks.measuring.bench_aspp import exact, inputs, library, ours, run
-from benchmarks.measuring.harness import relative_error
+from benchmarks.measuring.gate import relative_error
 
 PAPER = ((1, 1, 2, 3), (1, 1, 3, 5), (1, 3, 6, 9), (1, 6, 12, 18))
 MAPS = dict.fromkeys(small for _, _, small, dilations in bench_aspp.CASES if dilations in PAPER)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.measuring.harness import Candidate, Row
+from benchmarks.measuring.rows import Candidate, Row
 from dmsa_kernels import multi_dilation_dwconv
 from dmsa_kernels.aspp import fused_dwconv_project
 

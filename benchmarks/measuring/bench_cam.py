@@ -25,7 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.measuring.harness import Candidate, Row, percentile, pick_device, relative_error
+from benchmarks.measuring.gate import relative_error
+from benchmarks.measuring.harness import percentile
+from benchmarks.measuring.machines import pick_device
+from benchmarks.measuring.rows import Candidate, Row
 from dmsa.config import Config, DataConfig, LabelConfig
 from dmsa.labels.cam import KEPT_MASS, attention_gradient_cam, carries_mass
 from dmsa.labels.feature_bank import SquashedImages, build_feature_bank, cut, window_shares, windows

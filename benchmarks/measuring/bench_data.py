@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.measuring.harness import Candidate, Row
+from benchmarks.measuring.rows import Candidate, Row
 from dmsa.config import DataConfig
 from dmsa.data import build
 from dmsa.data.base import SegmentationData, label_lookup, map_label, table

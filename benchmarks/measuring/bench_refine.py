@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.measuring import baselines, cases
-from benchmarks.measuring.harness import Candidate, Row
+from benchmarks.measuring.rows import Candidate, Row
 from dmsa_kernels.refine import local_affinity, propagate, refine
 from dmsa_kernels.refine.warmup import warmup
 

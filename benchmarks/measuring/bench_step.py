@@ -28,7 +28,10 @@ from torch import Tensor, nn
 import dmsa_kernels
 from benchmarks.measuring.baselines import materialising
 from benchmarks.measuring.bench_cam import BACKBONE, encoder, maps_by_loop
-from benchmarks.measuring.harness import Candidate, Row, human_bytes, peak_memory, pick_device
+from benchmarks.measuring.machines import pick_device
+from benchmarks.measuring.memory import peak_memory
+from benchmarks.measuring.results import human_bytes
+from benchmarks.measuring.rows import Candidate, Row
 from dmsa.config import Config, load_preset
 from dmsa.data.base import colour_map
 from dmsa.data.classes import Classes

@@ -10,7 +10,7 @@ import dataclasses
 import torch
 
 from benchmarks.measuring import bench_refine, cases
-from benchmarks.measuring.harness import Row
+from benchmarks.measuring.rows import Row
 
 CHANNELS = {False: (1, 3, 10, 30, 90), True: (1, 3, 10, 30, 100, 300)}
 SIDES = {False: (32, 64, 128, 256), True: (128, 256, 512, 1024, 2048)}

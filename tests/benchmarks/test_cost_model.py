@@ -10,7 +10,7 @@ import pytest
 from benchmarks import cost_model
 from benchmarks.cost_model import CLUSTERS, GPUS, Cost
 from benchmarks.measuring import cases
-from benchmarks.measuring.harness import Result, write_csv
+from benchmarks.measuring.results import Result, write_csv
 
 
 def test_counts_of_a_small_refinement_by_hand():

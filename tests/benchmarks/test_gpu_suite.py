@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from benchmarks import gpu_suite
-from benchmarks.measuring import harness
+from benchmarks.measuring import gpu_checks
+from benchmarks.measuring.results import read_csv
+from benchmarks.measuring.rows import Candidate, Row
 from dmsa_kernels.refine import AffinitySpec, eager, local_affinity, propagate
 
 
@@ -48,7 +50,7 @@ def test_memory_is_bounded_and_the_bound_can_fail(tmp_path, monkeypatch):
     status, log = run(tmp_path, "--sections", "memory")
     assert status == 0, log
     assert "openvoc_ade847, labels: peak" in log
-    monkeypatch.setattr(harness, "peak_memory", lambda call, device: (10**12, "made up"))
+    monkeypatch.setattr(gpu_checks, "peak_memory", lambda call, device: (10**12, "made up"))
     status, log = run(tmp_path, "--sections", "memory")
     assert status == 1
     assert "failed: memory: remote_sensing" in log
@@ -91,7 +93,7 @@ def test_rows_go_to_the_csv_and_a_wrong_row_fails(tmp_path, monkeypatch):
     def inputs(device, seed):
         return (torch.randn(8, 8, generator=torch.Generator().manual_seed(seed)),)
 
-    right = harness.Row(
+    right = Row(
         family="refine",
         workload="toy",
         variant="refine",
@@ -99,21 +101,19 @@ def test_rows_go_to_the_csv_and_a_wrong_row_fails(tmp_path, monkeypatch):
         shape="8,8",
         inputs=inputs,
         candidates=(
-            harness.Candidate("ours", lambda x: 2 * x, ours=True),
-            harness.Candidate("compiled", lambda x: 1 / 0, compiled=True),
+            Candidate("ours", lambda x: 2 * x, ours=True),
+            Candidate("compiled", lambda x: 1 / 0, compiled=True),
         ),
         reference=lambda x: 2 * x.double(),
     )
-    wrong = dataclasses.replace(
-        right, workload="other", candidates=(harness.Candidate("ours", lambda x: 3 * x, ours=True),)
-    )
+    wrong = dataclasses.replace(right, workload="other", candidates=(Candidate("ours", lambda x: 3 * x, ours=True),))
     module = types.SimpleNamespace(rows=lambda device, *, full: [right, wrong])
     monkeypatch.setattr(gpu_suite, "row_modules", lambda suite: iter([("toys", module)]))
     status, log = run(tmp_path, "--sections", "rows", "--skip-compiled", "--row-seconds", "0.05")
     assert status == 1
     assert "failed: rows: refine/other/refine/float32: ours: wrong" in log
     (path,) = tmp_path.glob("*.csv")
-    results = {(r.workload, r.candidate): r for r in harness.read_csv(path)}
+    results = {(r.workload, r.candidate): r for r in read_csv(path)}
     assert set(results) == {("toy", "ours"), ("other", "ours")}
     assert results["toy", "ours"].status == "ok"
     status, log = run(tmp_path, "--sections", "rows", "--skip-compiled", "--only", "refine/toy/*")
@@ -126,7 +126,7 @@ def test_the_plain_form_is_the_reference(tmp_path):
     image, masks = (torch.rand(1, 3, 9, 7, generator=generator, dtype=torch.float64) for _ in range(2))
     for sigma in ("neighbours", "centred", "centre_once", "none"):
         spec = AffinitySpec(exponent=1.0, sigma=sigma, eps=1e-8)
-        weights, out = gpu_suite.plain_refine(image, masks, [1, 8], 2, spec)
+        weights, out = gpu_checks.plain_refine(image, masks, [1, 8], 2, spec)
         affinity = local_affinity(image, [1, 8], spec=spec, backend="reference")
         torch.testing.assert_close(weights, affinity.weights, rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(out, propagate(affinity, masks, 2, backend="reference"), rtol=1e-10, atol=1e-12)
@@ -136,12 +136,12 @@ def test_errors_are_told_apart_by_region():
     expected = torch.ones(1, 1, 6, 6)
     result = expected.clone()
     result[..., 0, 0] = 1.5
-    border = gpu_suite.border_mask(6, 6, 2)
+    border = gpu_checks.border_mask(6, 6, 2)
     assert int((~border).sum()) == 4
-    assert gpu_suite.errors(result, expected, border) == {"interior": 0.0, "border": 0.5}
+    assert gpu_checks.errors(result, expected, border) == {"interior": 0.0, "border": 0.5}
     result[..., 3, 3] = float("nan")
-    assert gpu_suite.errors(result, expected, border)["interior"] == math.inf
-    assert gpu_suite.errors(torch.ones(3), torch.ones(3), border) == {"all": 0.0}
+    assert gpu_checks.errors(result, expected, border)["interior"] == math.inf
+    assert gpu_checks.errors(torch.ones(3), torch.ones(3), border) == {"all": 0.0}
 
 
 def test_slug():

@@ -13,16 +13,20 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.measuring import harness
-from benchmarks.measuring.harness import Candidate, Result, Row
+from benchmarks.measuring.gate import poisoned, relative_error
+from benchmarks.measuring.harness import measure, percentile
+from benchmarks.measuring.machines import Machine, pick_device
+from benchmarks.measuring.memory import peak_memory
+from benchmarks.measuring.results import COLUMNS, Result, number, read_csv, table, write_csv
+from benchmarks.measuring.rows import Candidate, Row
 
 CPU = torch.device("cpu")
 MIB = 1 << 20
 
 
 @pytest.fixture(scope="module")
-def mach() -> harness.Machine:
-    return harness.Machine(
+def mach() -> Machine:
+    return Machine(
         device=CPU,
         hardware="test machine",
         memory_bytes=8 << 30,
@@ -59,7 +63,7 @@ PLAIN = Candidate("plain", lambda x: x + x)
 
 
 def run(mach, *candidates, seconds=0.02, **changes):
-    measured = harness.measure(make_row(*candidates, **changes), mach, seconds=seconds, max_rounds=4)
+    measured = measure(make_row(*candidates, **changes), mach, seconds=seconds, max_rounds=4)
     return {result.candidate: result for result in measured}
 
 
@@ -80,7 +84,7 @@ def test_a_wrong_result_of_ours_blocks_every_speed_up(mach):
     assert results["ours"].status == "wrong"
     assert math.isnan(results["ours"].median_ms)
     assert all(math.isnan(result.speedup) for result in results.values())
-    text = harness.table(list(results.values()))
+    text = table(list(results.values()))
     assert "wrong: error" in text
     assert "ours is" not in text
 
@@ -115,7 +119,7 @@ def test_an_element_that_is_never_written_fails_the_gate(mach):
 
 
 def test_poison_is_taken_back():
-    with harness.poisoned():
+    with poisoned():
         assert torch.are_deterministic_algorithms_enabled()
         assert torch.empty(8).isnan().all()
     assert not torch.are_deterministic_algorithms_enabled()
@@ -159,7 +163,7 @@ def test_a_crash_is_named_and_the_others_go_on(mach, capsys):
 
 def test_a_deadline_that_has_passed_starts_nothing(mach):
     row = make_row(OURS, PLAIN)
-    results = harness.measure(row, mach, deadline=time.monotonic() - 1)
+    results = measure(row, mach, deadline=time.monotonic() - 1)
     assert [result.status for result in results] == ["skipped", "skipped"]
     assert "time budget" in results[0].note
 
@@ -184,7 +188,7 @@ def test_inputs_are_rotated_past_the_cache(mach):
         seen.add(x.data_ptr())
         return 2 * x
 
-    harness.measure(make_row(Candidate("ours", look, ours=True)), mach, seconds=30, max_rounds=20)
+    measure(make_row(Candidate("ours", look, ours=True)), mach, seconds=30, max_rounds=20)
     # 256 KiB a set, four times a cache of 1 MiB.
     assert len(seen) == 16
 
@@ -208,21 +212,21 @@ def test_gradients_pass_the_gate_as_tuples(mach):
 @pytest.mark.parametrize("percent", [0, 20, 50, 80, 100])
 def test_percentiles_are_numpys(count, percent):
     samples = np.random.default_rng(count).random(count)
-    assert harness.percentile(list(samples), percent) == pytest.approx(np.percentile(samples, percent))
+    assert percentile(list(samples), percent) == pytest.approx(np.percentile(samples, percent))
 
 
 def test_percentile_of_nothing_is_nan():
-    assert math.isnan(harness.percentile([], 50))
+    assert math.isnan(percentile([], 50))
 
 
 def test_relative_error():
     a = torch.tensor([1.0, -4.0])
-    assert harness.relative_error(a, a.double()) == 0
-    assert harness.relative_error(a + 0.02, a.double()) == pytest.approx(0.005, rel=1e-4)
-    assert harness.relative_error((a, torch.tensor([1, 2])), (a, torch.tensor([1, 3]))) == 0.5
-    assert harness.relative_error(a, a[:1]) == math.inf
-    assert harness.relative_error((a,), (a, a)) == math.inf
-    assert harness.relative_error(None, None) == math.inf
+    assert relative_error(a, a.double()) == 0
+    assert relative_error(a + 0.02, a.double()) == pytest.approx(0.005, rel=1e-4)
+    assert relative_error((a, torch.tensor([1, 2])), (a, torch.tensor([1, 3]))) == 0.5
+    assert relative_error(a, a[:1]) == math.inf
+    assert relative_error((a,), (a, a)) == math.inf
+    assert relative_error(None, None) == math.inf
 
 
 def test_peak_memory_counts_temporaries_and_what_is_returned():
@@ -232,7 +236,7 @@ def test_peak_memory_counts_temporaries_and_what_is_returned():
         del a
         return b * 2
 
-    peak, how = harness.peak_memory(two_alive, CPU)
+    peak, how = peak_memory(two_alive, CPU)
     assert peak == pytest.approx(8 * MIB, rel=0.01)
     assert how == "torch's CPU allocator"
 
@@ -243,15 +247,15 @@ def test_peak_memory_sees_inside_a_registered_operator():
         return torch.cat([x, x, x]).sum(0, keepdim=True)
 
     x = torch.ones(MIB)
-    assert harness.peak_memory(lambda: spend(x), CPU)[0] >= 12 * MIB
+    assert peak_memory(lambda: spend(x), CPU)[0] >= 12 * MIB
 
 
 def test_csv_keeps_everything(tmp_path, mach):
     results = list(run(mach, OURS, PLAIN, Candidate("baseline", lambda x: x, peak_bytes=5)).values())
     path = tmp_path / "new" / "a.csv"
-    harness.write_csv(results, path)
-    harness.write_csv(results, path, append=True)
-    back = harness.read_csv(path)
+    write_csv(results, path)
+    write_csv(results, path, append=True)
+    back = read_csv(path)
     assert len(back) == 2 * len(results)
     for written, read in zip(results, back, strict=False):
         assert written.key == read.key
@@ -263,30 +267,30 @@ def test_csv_keeps_everything(tmp_path, mach):
 
 def test_csv_errors_name_the_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no results at .*absent\.csv"):
-        harness.read_csv(tmp_path / "absent.csv")
+        read_csv(tmp_path / "absent.csv")
     other = tmp_path / "other.csv"
     other.write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="columns candidate, family"):
-        harness.read_csv(other)
+        read_csv(other)
 
 
 def test_pick_device():
-    assert harness.pick_device("cpu") == CPU
+    assert pick_device("cpu") == CPU
     if torch.cuda.is_available():
-        assert harness.pick_device().type == "cuda"
+        assert pick_device().type == "cuda"
     else:
-        assert harness.pick_device() == CPU
+        assert pick_device() == CPU
         with pytest.raises(ValueError, match="torch finds no GPU"):
-            harness.pick_device("cuda")
+            pick_device("cuda")
 
 
 @pytest.mark.parametrize(("value", "text"), [(0.012345, "0.0123"), (1234.5, "1234"), (1.5, "1.50"), (math.nan, "")])
 def test_number(value, text):
-    assert harness.number(value) == text
+    assert number(value) == text
 
 
 def test_every_column_is_a_field_of_a_result():
-    assert [item.name for item in dataclasses.fields(Result)] == harness.COLUMNS
+    assert [item.name for item in dataclasses.fields(Result)] == COLUMNS
 
 
 def test_the_harness_imports_neither_triton_nor_the_method():
@@ -308,6 +312,6 @@ def test_a_sample_follows_a_call_of_the_same_candidate(mach):
 
         return Candidate(name, call, ours=name == "ours")
 
-    harness.measure(make_row(make("ours"), make("theirs")), mach, seconds=0.0, min_rounds=3, max_rounds=3)
+    measure(make_row(make("ours"), make("theirs")), mach, seconds=0.0, min_rounds=3, max_rounds=3)
     turns = [list(group) for _, group in itertools.groupby(called)]
     assert [len(turn) for turn in turns[-4:]] == [2, 2, 2, 2]

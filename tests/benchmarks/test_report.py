@@ -7,9 +7,11 @@ import math
 
 import pytest
 
-from benchmarks.measuring import harness
-from benchmarks.measuring.harness import Result
-from benchmarks.reporting import report
+from benchmarks.measuring.results import RESULTS, Result, result_files, write_csv
+from benchmarks.reporting.__main__ import load, main
+from benchmarks.reporting.compare import compare
+from benchmarks.reporting.plot import draw, sweep_series
+from benchmarks.reporting.tables import BEGIN, END, family_table, replace_between, tables
 
 
 def make(candidate="ours", *, ours=True, **changes) -> Result:
@@ -48,67 +50,67 @@ def materialising(**changes) -> Result:
 
 def test_nothing_changed_is_no_regression():
     results = [make(), materialising()]
-    assert report.compare(results, results) == []
+    assert compare(results, results) == []
 
 
 def test_a_slower_row_is_named():
-    (line,) = report.compare([make()], [make(median_ms=2.3, p20_ms=2.25)])
+    (line,) = compare([make()], [make(median_ms=2.3, p20_ms=2.25)])
     assert "refine/afa_train/refine/float32 1,3,256,256 ours" in line
     assert "15 % slower (2.00 -> 2.30 ms)" in line
 
 
 def test_a_slower_row_within_the_spread_says_so():
-    (line,) = report.compare([make()], [make(median_ms=2.3, p20_ms=2.0)])
+    (line,) = compare([make()], [make(median_ms=2.3, p20_ms=2.0)])
     assert "within the spread of the samples" in line
 
 
 @pytest.mark.parametrize(("factor", "count"), [(0.5, 0), (1.0, 0), (1.09, 0), (1.11, 1)])
 def test_the_threshold_is_ten_per_cent(factor, count):
-    assert len(report.compare([make()], [make(median_ms=2.0 * factor)])) == count
+    assert len(compare([make()], [make(median_ms=2.0 * factor)])) == count
 
 
 def test_more_memory_is_a_regression():
-    (line,) = report.compare([make()], [make(peak_bytes=20 << 20)])
+    (line,) = compare([make()], [make(peak_bytes=20 << 20)])
     assert "100 % more memory" in line
 
 
 def test_a_row_that_is_gone_or_wrong_is_a_regression():
-    lines = report.compare([make(), make(workload="diffcut")], [make(status="wrong", note="error 1 over the bound")])
+    lines = compare([make(), make(workload="diffcut")], [make(status="wrong", note="error 1 over the bound")])
     assert any("diffcut" in line and "no longer measured" in line for line in lines)
     assert any("afa_train" in line and "wrong: error 1" in line for line in lines)
 
 
 def test_baselines_are_not_judged():
-    assert report.compare([make(), materialising()], [make(), materialising(median_ms=500.0)]) == []
+    assert compare([make(), materialising()], [make(), materialising(median_ms=500.0)]) == []
 
 
 def test_the_worst_comes_first():
     old = [make(), make(workload="diffcut")]
     new = [make(median_ms=2.5), make(workload="diffcut", median_ms=9.0)]
-    assert ["diffcut" in line for line in report.compare(old, new)] == [True, False]
+    assert ["diffcut" in line for line in compare(old, new)] == [True, False]
 
 
 def test_compare_on_the_command_line(tmp_path, capsys):
     old, new = tmp_path / "old.csv", tmp_path / "new.csv"
-    harness.write_csv([make(), materialising()], old)
-    harness.write_csv([make(median_ms=3.0), materialising()], new)
-    assert report.main(["compare", str(old), str(old)]) == 0
+    write_csv([make(), materialising()], old)
+    write_csv([make(median_ms=3.0), materialising()], new)
+    assert main(["compare", str(old), str(old)]) == 0
     assert "1 rows compared, 0 regressions" in capsys.readouterr().out
-    assert report.main(["compare", str(old), str(new)]) == 1
+    assert main(["compare", str(old), str(new)]) == 1
     assert "regression: refine/afa_train/refine/float32 1,3,256,256 ours: 50 % slower" in capsys.readouterr().out
-    assert report.main(["compare", str(old), str(new), "--threshold", "60"]) == 0
+    assert main(["compare", str(old), str(new), "--threshold", "60"]) == 0
 
 
 def test_compare_notes_another_machine(tmp_path, capsys):
     old, new = tmp_path / "old.csv", tmp_path / "new.csv"
-    harness.write_csv([make()], old)
-    harness.write_csv([make(hardware="another")], new)
-    report.main(["compare", str(old), str(new)])
+    write_csv([make()], old)
+    write_csv([make(hardware="another")], new)
+    main(["compare", str(old), str(new)])
     assert "different machines" in capsys.readouterr().out
 
 
 def test_the_table_shows_factor_time_and_memory():
-    lines = report.family_table([make(), materialising()])
+    lines = family_table([make(), materialising()])
     assert lines[0] == (
         "| workload | shape | ours | % of copy | peak memory | materialising | peak of the worst baseline |"
     )
@@ -126,14 +128,14 @@ def test_out_of_memory_and_scaling_are_in_the_table():
             peak_bytes=-1,
         ),
     ]
-    text = "\n".join(report.family_table(full))
+    text = "\n".join(family_table(full))
     assert "(full: 1,1281,512,683)" in text
     assert "| out of memory at 80 GB | 28.7 GB |" in text
 
 
 def test_no_factor_without_a_passed_gate():
     text = "\n".join(
-        report.family_table(
+        family_table(
             [make(status="wrong", median_ms=math.nan, note="error"), materialising(speedup=math.nan)],
         )
     )
@@ -142,21 +144,21 @@ def test_no_factor_without_a_passed_gate():
 
 
 def test_a_missing_gpu_file_is_said():
-    text = report.tables([("cpu", [make()])])
+    text = tables([("cpu", [make()])])
     assert "**GPU**: not measured yet" in text
-    assert "not measured yet" not in report.tables([("gpu", [make(device="cuda", hardware="a GPU")])])
+    assert "not measured yet" not in tables([("gpu", [make(device="cuda", hardware="a GPU")])])
 
 
 def test_the_sections_are_replaced_and_checked(tmp_path, capsys):
     results, pages = tmp_path / "results", [tmp_path / "README.md", tmp_path / "full.md"]
     minor = [make(workload="toco_train"), materialising(workload="toco_train")]
-    harness.write_csv([make(), materialising(), *minor], results / "cpu.csv")
+    write_csv([make(), materialising(), *minor], results / "cpu.csv")
     for page in pages:
-        page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+        page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     arguments = ["--results", str(results), "--readme", str(pages[0]), "--full", str(pages[1])]
     arguments += ["--plot", str(tmp_path / "p.png")]
-    assert report.main([*arguments, "--check"]) == 1
-    assert report.main(arguments) == 0
+    assert main([*arguments, "--check"]) == 1
+    assert main(arguments) == 0
     for page in pages:
         text = page.read_text()
         assert text.startswith("before\n")
@@ -164,15 +166,15 @@ def test_the_sections_are_replaced_and_checked(tmp_path, capsys):
         assert "old" not in text
         assert "40.0x (80.0 ms)" in text
         assert ("toco_train" in text) == (page.name == "full.md")
-    assert report.main([*arguments, "--check"]) == 0
-    harness.write_csv([make(median_ms=3.0), materialising(), *minor], results / "cpu.csv")
-    assert report.main([*arguments, "--check"]) == 1
+    assert main([*arguments, "--check"]) == 0
+    write_csv([make(median_ms=3.0), materialising(), *minor], results / "cpu.csv")
+    assert main([*arguments, "--check"]) == 1
     capsys.readouterr()
 
 
 def test_missing_markers_are_an_error():
     with pytest.raises(ValueError, match="benchmarks:begin"):
-        report.replace_between("no markers", "x")
+        replace_between("no markers", "x")
 
 
 def test_the_plot_is_drawn_from_the_sweeps(tmp_path):
@@ -186,20 +188,20 @@ def test_the_plot_is_drawn_from_the_sweeps(tmp_path):
         for i, shape in enumerate(shapes)
         for name in ("ours", "materialising")
     ]
-    series = report.sweep_series(points, "sweep_channels")
+    series = sweep_series(points, "sweep_channels")
     assert [size for size, _ in series["ours"]] == [1, 4]
-    assert [size for size, _ in report.sweep_series(points, "sweep_pixels")["ours"]] == [1024, 4096]
-    assert report.draw([("cpu", points)], tmp_path / "plot.png")
+    assert [size for size, _ in sweep_series(points, "sweep_pixels")["ours"]] == [1024, 4096]
+    assert draw([("cpu", points)], tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
-    assert not report.draw([("cpu", [make()])], tmp_path / "none.png")
+    assert not draw([("cpu", [make()])], tmp_path / "none.png")
 
 
 def test_the_committed_results_are_read(capsys):
     """Tables of scores lie in the same folder; neither the report nor the cost model may stumble over them."""
     from benchmarks import cost_model
 
-    assert harness.result_files(), "no results are committed"
-    assert (harness.RESULTS / "shapes_scores.csv").is_file()
-    assert report.load(harness.RESULTS)
+    assert result_files(), "no results are committed"
+    assert (RESULTS / "shapes_scores.csv").is_file()
+    assert load(RESULTS)
     cost_model.main([])
-    assert harness.result_files()[0].stem in capsys.readouterr().out
+    assert result_files()[0].stem in capsys.readouterr().out

@@ -10,13 +10,16 @@ import pytest
 import torch
 
 from benchmarks.measuring import bench_refine, cases, harness
-from benchmarks.reporting import report
+from benchmarks.measuring.harness import measure
+from benchmarks.measuring.machines import Machine, machine
+from benchmarks.measuring.rows import Row
+from benchmarks.reporting.tables import SWEEPS
 
 CPU = torch.device("cpu")
 MODULES = [path.stem for path in sorted(Path(harness.__file__).parent.glob("bench_*.py"))]
 
 
-def rows(name: str, full: bool) -> list[harness.Row]:
+def rows(name: str, full: bool) -> list[Row]:
     return importlib.import_module(f"benchmarks.measuring.{name}").rows(CPU, full=full)
 
 
@@ -56,15 +59,15 @@ def test_scaled_rows_say_from_what():
 
 
 def test_the_sweeps_are_the_reports():
-    assert {row.workload for row in rows("bench_sweep", False)} == set(report.SWEEPS)
+    assert {row.workload for row in rows("bench_sweep", False)} == set(SWEEPS)
 
 
 SMALL = cases.RefineCase("small", 1, 31, 12, 9, (1, 8), 3, "pamr")
 
 
 @pytest.fixture(scope="module")
-def mach() -> harness.Machine:
-    return harness.Machine(CPU, "test machine", 8 << 30, 10.0, 100.0, "made up", llc_bytes=1 << 16)
+def mach() -> Machine:
+    return Machine(CPU, "test machine", 8 << 30, 10.0, 100.0, "made up", llc_bytes=1 << 16)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +82,7 @@ def mach() -> harness.Machine:
     ids=str,
 )
 def test_all_candidates_of_a_refinement_row_agree(row, mach):
-    for result in harness.measure(row, mach, seconds=0.01):
+    for result in measure(row, mach, seconds=0.01):
         if result.candidate == "torch.compile(padded slices)":
             assert result.status == "skipped"
             continue
@@ -95,11 +98,11 @@ def test_a_large_map_is_checked_in_its_corner(mach, monkeypatch):
     row = bench_refine.refine_row(case, "", False)
     image, masks = row.inputs(CPU, 0)
     assert row.reference(image, masks).shape == (1, 2, 8, 8)
-    assert {r.status for r in harness.measure(row, mach, seconds=0.01)} == {"ok", "skipped"}
+    assert {r.status for r in measure(row, mach, seconds=0.01)} == {"ok", "skipped"}
 
 
 def test_counts_of_a_row():
-    result = harness.measure(bench_refine.refine_row(SMALL, "", False), harness.machine(CPU), seconds=0.01)[0]
+    result = measure(bench_refine.refine_row(SMALL, "", False), machine(CPU), seconds=0.01)[0]
     assert result.floor_bytes == 4 * 12 * 9 * (3 + 2 * 31)
     assert result.cache_bytes == 4 * 12 * 9 * 31 * 16 * 3
     assert not math.isnan(result.percent_copy)
