@@ -485,7 +485,8 @@ def test_masks_and_images(folder):
 
     from dmsa.config import DataConfig
     from dmsa.data import build
-    from dmsa.data.base import decode, label_lookup, map_label, open_image, read_mask
+    from dmsa.data.base import label_lookup, map_label
+    from dmsa.data.images import as_rgb, open_image, read_mask
 
     ids = np.arange(256, dtype=np.uint8).reshape(16, 16) % 5
     (folder / "masks").mkdir()
@@ -500,7 +501,7 @@ def test_masks_and_images(folder):
         image,
         stream.getvalue(),
         CASES["images"],
-        lambda: decode(image, lambda: np.array(open_image(image).convert("RGB"))),
+        lambda: np.array(as_rgb(open_image(image))),
     )
 
     image.write_bytes(stream.getvalue()[:200])
@@ -517,7 +518,13 @@ def test_instances(folder):
         "images": [{"id": 1, "file_name": "000000000001.jpg", "height": 16, "width": 16}],
         "annotations": [
             {"id": 1, "image_id": 1, "category_id": 1, "segmentation": [[1, 1, 9, 1, 9, 9, 1, 9]], "area": 64},
-            {"id": 2, "image_id": 1, "category_id": 18, "segmentation": {"counts": [100, 20, 136], "size": [16, 16]}},
+            {
+                "id": 2,
+                "image_id": 1,
+                "category_id": 18,
+                "segmentation": {"counts": [100, 20, 136], "size": [16, 16]},
+                "area": 20,
+            },
         ],
     }
 
@@ -530,8 +537,8 @@ def test_instances(folder):
 
 
 def test_class_names_and_lists(folder):
-    from dmsa.data.base import read_list
     from dmsa.data.folder import read_classes
+    from dmsa.data.listing import read_list
 
     path = folder / "classes.txt"
 

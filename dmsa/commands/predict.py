@@ -13,7 +13,8 @@ import numpy as np
 import tyro
 from PIL import Image
 
-from dmsa.data.base import IMAGE_SUFFIXES, CorruptImageError, decode, few, open_image
+from dmsa.data.images import CorruptImageError, as_rgb, open_image
+from dmsa.data.listing import IMAGE_SUFFIXES, few
 from dmsa.files import write_atomically
 from dmsa.scoring.predictor import load_predictor
 from dmsa.visualize import name_regions, overlay, png_bytes
@@ -89,7 +90,7 @@ def main(argv: list[str]) -> int:
     for path, name in zip(paths, output_names(paths), strict=True):
         try:
             with open_image(path) as opened:
-                picture = decode(path, lambda opened=opened: opened.convert("RGB"))
+                picture = as_rgb(opened)
         except CorruptImageError as error:
             broken.append(path)
             print(f"skipped: {error}", file=sys.stderr)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dmsa.data.base import few, file_names
-from dmsa.data.coco import map_folder
+from dmsa.data.coco import map_folders
 from dmsa.data.doctor import describe, examine
+from dmsa.data.listing import few, list_files
 from dmsa.data.prepare import curate, unpack
 from dmsa.data.sources import archives, items
 
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int:
         print(f"{spec.name}: {done.written} files unpacked, {done.present} were there already")
         if done.kept:
             print(f"  kept {len(done.kept)} files of another size (--force replaces them): {few(done.kept)}")
-    if options.name.startswith("coco") and file_names(map_folder(root, "val2017")):
+    if options.name.startswith("coco") and list_files(map_folders(root, "val2017")[0], (".png",), flat=True).files:
         print(curate(root, "val2017", options.force))
     finding = examine(options.name, str(root))
     print(describe(finding))

@@ -1,12 +1,11 @@
-"""What every data set shares: reading files with errors that name them, samples, skipped images, shared epoch."""
+"""What every data set shares: class tables, label ids, samples, skipped images, shared epoch."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import struct
 import warnings
-import zlib
 from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
@@ -16,22 +15,12 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from dmsa.config import DataConfig
+from dmsa.data.images import CorruptImageError, as_rgb, ignore_orientation, open_image, orientation, upright_size
+from dmsa.data.listing import few
+
 IGNORE = 255
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
-_UNREADABLE = (OSError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 _INVALID = 254  # what a label table holds for ids that the data set does not know
-
-
-class CorruptImageError(ValueError):
-    """An image or mask that exists but cannot be decoded; `path` is the file."""
-
-    def __init__(self, path: str | os.PathLike, reason: object) -> None:
-        super().__init__(path, reason)
-        self.path = str(path)
-        self.reason = str(reason)
-
-    def __str__(self) -> str:
-        return f"cannot decode {self.path}: {self.reason}"
 
 
 def table(name: str) -> dict:
@@ -86,102 +75,18 @@ def map_label(label: np.ndarray, lut: np.ndarray, path: str | os.PathLike) -> np
     return np.frombuffer(mapped, dtype=np.uint8).reshape(label.shape)
 
 
-def open_image(path: str | os.PathLike) -> Image.Image:
-    """Open an image file without decoding it.
+def root_of(config: DataConfig, what: str) -> Path:
+    """Return the folder of a data set.
 
     Raises:
-        FileNotFoundError: it is not there.
-        CorruptImageError: it is not an image.
+        ValueError: none is set; the message names the options, and `what` is expected there.
     """
-    try:
-        return Image.open(path)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # Pillow's format plugins raise whatever a broken header leads them to
-        raise CorruptImageError(path, error) from error
-
-
-def decode(path: str | os.PathLike, read: Callable[[], object]) -> object:
-    """Return `read()`; whatever a broken file makes Pillow raise becomes a :class:`CorruptImageError`."""
-    try:
-        return read()
-    except _UNREADABLE as error:
-        raise CorruptImageError(path, error) from error
-
-
-def read_mask(path: str | os.PathLike) -> np.ndarray:
-    """Return the ids in a mask file, uint8 `[H, W]`; palette images are read as indices, not as colours.
-
-    Raises:
-        FileNotFoundError: it is not there.
-        CorruptImageError: it cannot be decoded.
-        ValueError: it holds colours instead of ids, or ids above 255.
-    """
-    with open_image(path) as image:
-        if image.mode not in ("P", "L", "1", "I;16", "I"):
-            raise ValueError(
-                f"{path} is a {image.mode} image of colours; expected a palette or 8-bit grey PNG whose pixels are "
-                "class ids"
-            )
-        ids = decode(path, lambda: np.array(image))
-    if ids.dtype == np.uint8:
-        return ids
-    if ids.dtype != bool and (ids.min(initial=0) < 0 or ids.max(initial=0) > 255):
-        raise ValueError(f"{path} holds ids up to {ids.max()}; expected 0..255")
-    return ids.astype(np.uint8)
-
-
-def few(items: Sequence[object], limit: int = 5) -> str:
-    """Return the first `limit` items as text, and how many more there are."""
-    shown = ", ".join(str(item) for item in items[:limit])
-    return shown if len(items) <= limit else f"{shown} and {len(items) - limit} more"
-
-
-def require_files(what: str, wanted: Sequence[str], present: set[str], folder: Path, source: str) -> None:
-    """Raise `FileNotFoundError` with the first few names and the counts unless all of `wanted` is in `present`."""
-    missing = [name for name in wanted if name not in present]
-    if missing:
-        raise FileNotFoundError(
-            f"{len(missing)} of {len(wanted)} {what} are missing in {folder}: {few(missing)}. {source}"
+    if config.root is None:
+        raise ValueError(
+            f"data set {config.name!r} needs {what}, and none is given: --data.root FOLDER of train.py, --root FOLDER "
+            "of the dmsa commands"
         )
-
-
-def file_names(folder: Path) -> set[str]:
-    """Return the names in `folder`, empty if there is no such folder; one scan instead of a question per file."""
-    if not folder.is_dir():
-        return set()
-    with os.scandir(folder) as entries:
-        return {entry.name for entry in entries}
-
-
-def read_text(path: Path) -> str:
-    """Return the text of a UTF-8 file.
-
-    Raises:
-        ValueError: it holds something else; the message names the file.
-    """
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not a text file in UTF-8: {error}") from error
-
-
-def read_list(path: Path) -> list[str]:
-    """Return the first word of every non-empty line of a split list."""
-    return [line.split()[0] for line in read_text(path).splitlines() if line.strip()]
-
-
-def thin(items: list, limit: int | None) -> list:
-    """Return `limit` items spread evenly over `items` (all of them if `limit` is None), in order.
-
-    Raises:
-        ValueError: `limit` is not positive.
-    """
-    if limit is None or limit >= len(items):
-        return items
-    if limit < 1:
-        raise ValueError(f"expected a positive number of images, got {limit=}")
-    return [items[i * len(items) // limit] for i in range(limit)]
+    return Path(config.root)
 
 
 class SegmentationData(Dataset):
@@ -205,12 +110,14 @@ class SegmentationData(Dataset):
         ignore: 255.
         labels_from: where labels come from, in words, or `None` for images alone.
         total: images of the whole split, of which `images` are used.
+        left_out: what was found beside them and is not used, and why; one sentence each.
 
     Args:
         names: name of every image, without suffix.
         transform: from :mod:`dmsa.data.transforms`.
         repeat: how often one epoch visits every image.
         total: images before any were left out by choice; all of `names` if unset.
+        left_out: what the files have that is not used, and why; one sentence each.
     """
 
     ignore = IGNORE
@@ -229,6 +136,7 @@ class SegmentationData(Dataset):
         palette: np.ndarray | None = None,
         repeat: int = 1,
         total: int | None = None,
+        left_out: Sequence[str] = (),
     ) -> None:
         if not len(names):
             raise ValueError(f"data set {name!r} has no images in split {split!r}")
@@ -246,6 +154,7 @@ class SegmentationData(Dataset):
         self.transform = transform
         self.repeat = repeat
         self.total = len(names) if total is None else total
+        self.left_out = list(left_out)
         # One array, not a list of strings: workers that touch a list's reference counts copy its memory.
         self._names = np.array([n.encode() for n in names])
         # Shared memory, so that persistent workers see a new epoch and the parent sees what they skipped.
@@ -297,7 +206,7 @@ class SegmentationData(Dataset):
         return None
 
     def raw(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """Return image `index` as it is in the file, uint8 `[H, W, 3]`, and its label, uint8 `[H, W]` or `None`.
+        """Return image `index`, upright, uint8 `[H, W, 3]`, and its label, uint8 `[H, W]` or `None`.
 
         Raises:
             CorruptImageError: it cannot be decoded.
@@ -305,27 +214,35 @@ class SegmentationData(Dataset):
         """
         index %= self.images
         image = self.open(index)
-        if isinstance(image, Image.Image):
-            with image:
-                image = decode(self.image_path(index), lambda: np.array(image.convert("RGB")))
-        return image, self._label_for(index, image.shape[:2])
+        if not isinstance(image, Image.Image):
+            return image, self._label_for(index, image)
+        with image:
+            label = self._label_for(index, image)
+            return np.array(as_rgb(image)), label
 
-    def _label_for(self, index: int, size: tuple[int, int]) -> np.ndarray | None:
+    def _label_for(self, index: int, image: Image.Image | np.ndarray) -> np.ndarray | None:
+        """Return the label of an opened image; it tells whether the image is meant upright, or as it is stored."""
         label = self.read_label(index)
-        if label is not None and label.shape != size:
+        if label is None:
+            return None
+        if isinstance(image, np.ndarray):
+            size = image.shape[:2]
+        else:
+            size = upright_size(image)
+            if label.shape != size and label.shape == (image.height, image.width):
+                ignore_orientation(image)
+                return label
+        if label.shape != size:
+            turned = "" if isinstance(image, np.ndarray) or orientation(image) == 1 else ", turned upright as EXIF says"
             raise ValueError(
-                f"label of {self.image_name(index)} is {label.shape}, its image {size}; expected the same size"
+                f"label of {self.image_name(index)} is {label.shape}, its image {size}{turned}; expected the same size"
             )
         return label
 
     def _sample(self, index: int, seed_index: int) -> dict[str, object]:
         image = self.open(index)
-        epoch = int(self._epoch)
-        if not isinstance(image, Image.Image):
-            return self.transform(image, self._label_for(index, image.shape[:2]), index=seed_index, epoch=epoch)
-        with image:
-            label = self._label_for(index, (image.height, image.width))
-            return decode(self.image_path(index), lambda: self.transform(image, label, index=seed_index, epoch=epoch))
+        with image if isinstance(image, Image.Image) else contextlib.nullcontext():
+            return self.transform(image, self._label_for(index, image), index=seed_index, epoch=int(self._epoch))
 
     def __getitem__(self, index: int) -> dict[str, object]:
         if not -len(self) <= index < len(self):

@@ -8,24 +8,17 @@ without the maps: the polygons and run lengths of the instances are drawn, crowd
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from dmsa.config import DataConfig
-from dmsa.data.base import (
-    IGNORE,
-    SegmentationData,
-    few,
-    file_names,
-    label_lookup,
-    map_label,
-    read_list,
-    read_mask,
-    require_files,
-    table,
-    thin,
-)
+from dmsa.data.base import IGNORE, SegmentationData, label_lookup, map_label, root_of, table
+from dmsa.data.images import read_mask
+from dmsa.data.listing import few, list_files, read_list, refuse_twice, require_files, thin
+from dmsa.data.outlines import draw_outline
 from dmsa.data.transforms import TrainTransform, ValTransform
 
 IMAGE_SOURCE = "Get {split}.zip from cocodataset.org/#download, then run `dmsa prepare --name {name}`"
@@ -39,18 +32,22 @@ INSTANCE_SOURCE = (
 CURATED_FILE = "Coco164kFull_Stuff_Coarse_7.txt"  # the name under which IIC, PiCIE and STEGO share the list
 CURATED_MIN_SIDE = 360
 CURATED_STUFF = 0.75
+MAX_SIDE = 2**16  # pixels
 FIRST_STUFF = 91  # COCO-Stuff ids below are things
 
 
-def image_folder(root: Path, split: str) -> Path:
-    """Return the folder of the images of `split` (`train2017`, `val2017`)."""
-    return next((f for f in (root / "images" / split, root / split) if f.is_dir()), root / split)
+def image_folders(root: Path, split: str) -> list[Path]:
+    """Return where the images of `split` (`train2017`, `val2017`) may lie; what is there comes first, and is read."""
+    return _there_first([root / "images" / split, root / split])
 
 
-def map_folder(root: Path, split: str) -> Path:
-    """Return the folder of COCO-Stuff's PNG maps of `split`."""
-    folders = (root / "stuffthingmaps" / split, root / "annotations" / split)
-    return next((f for f in folders if f.is_dir()), folders[0])
+def map_folders(root: Path, split: str) -> list[Path]:
+    """Return where COCO-Stuff's PNG maps of `split` may lie; what is there comes first, and is read."""
+    return _there_first([root / "stuffthingmaps" / split, root / "annotations" / split])
+
+
+def _there_first(folders: list[Path]) -> list[Path]:
+    return sorted(folders, key=lambda folder: not folder.is_dir())
 
 
 def curated_file(root: Path, split: str) -> Path:
@@ -80,35 +77,78 @@ class Instances:
         path: the file.
         category_ids: COCO category id -> class id.
 
+    Attributes:
+        names: of the images, without folder and ending, in the order of the file names.
+        left_out: annotations that are not drawn, and why; one sentence each.
+
     Raises:
         FileNotFoundError: the file is not there.
-        ValueError: it is not a COCO annotation file, or has categories that `category_ids` lacks.
+        ValueError: it is not a COCO annotation file, an entry lacks something, two have the same id, or it has
+            categories that `category_ids` lacks.
     """
 
     def __init__(self, path: Path, category_ids: dict[int, int]) -> None:
         self.path = path
         try:
             content = json.loads(path.read_bytes())
-            self._pack(content["images"], content["annotations"], category_ids)
-        except (LookupError, TypeError, AttributeError, ArithmeticError, UnicodeError, json.JSONDecodeError) as error:
+        except (UnicodeError, json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"{path} is not a COCO annotation file: {type(error).__name__}: {error}") from error
-
-    def _pack(self, images: list[dict], annotations: list[dict], category_ids: dict[int, int]) -> None:
-        path = self.path
+        images, annotations = (self._entries(content, key) for key in ("images", "annotations"))
+        for image in images:
+            self._require(image, "images", id=_is_id, file_name=_is_name, height=_is_side, width=_is_side)
+        for annotation in annotations:
+            self._require(annotation, "annotations", id=_is_id, image_id=_is_id, category_id=_is_id)
+        refuse_twice([str(image["id"]) for image in images], path)
+        refuse_twice([str(annotation["id"]) for annotation in annotations], path)
         unknown = sorted({a["category_id"] for a in annotations} - set(category_ids))
         if unknown:
             raise ValueError(f"{path} has categories outside the table: {unknown}; expected COCO's 80 category ids")
         images = sorted(images, key=lambda image: image["file_name"])
         self.names = [Path(image["file_name"]).stem for image in images]
+        refuse_twice(self.names, path)
         self.sizes = np.array([(i["height"], i["width"]) for i in images], dtype=np.int32).reshape(-1, 2)
         order = {image["id"]: i for i, image in enumerate(images)}
-        # Large regions are drawn first, so that what lies on them stays visible; crowds come before all instances.
+        self.left_out = self._left_out(annotations, order)
         annotations = [a for a in annotations if a["image_id"] in order and a.get("segmentation")]
-        annotations.sort(key=lambda a: (order[a["image_id"]], not a.get("iscrowd", 0), -a.get("area", 0), a["id"]))
+        for annotation in annotations:
+            self._require(annotation, "annotations", area=_is_area)
+            self._require({"iscrowd": 0, **annotation}, "annotations", iscrowd=_is_flag)
+        self._pack(annotations, order, category_ids)
+
+    def _entries(self, content: object, key: str) -> list:
+        found = content.get(key) if isinstance(content, dict) else None
+        if not isinstance(found, list):
+            raise ValueError(f"{self.path} is not a COCO annotation file: expected a list {key!r} in an object")
+        return found
+
+    def _require(self, entry: object, key: str, **fields: Callable[[object], str]) -> None:
+        """Raise `ValueError` unless every field of an entry of the list `key` is there and is what it should be."""
+        if not isinstance(entry, dict):
+            raise ValueError(f"{self.path} is not a COCO annotation file: {entry!r:.100} in {key!r}, no object")
+        for field, problem in fields.items():
+            if expected := problem(entry.get(field)):
+                which = ", ".join(f"{k}={entry[k]!r:.100}" for k in ("id", "image_id", "file_name") if k in entry)
+                value = f"{field}={entry[field]!r:.100}" if field in entry else f"no {field!r}"
+                raise ValueError(
+                    f"{self.path} is not a COCO annotation file: the entry of {key!r} with {which or 'no id'} has "
+                    f"{value}; {expected}"
+                )
+
+    def _left_out(self, annotations: list[dict], order: dict[int, int]) -> list[str]:
+        strangers = [a["id"] for a in annotations if a["image_id"] not in order]
+        bare = [a["id"] for a in annotations if a["image_id"] in order and not a.get("segmentation")]
+        kinds = ((strangers, "of images that it does not list"), (bare, "without an outline"))
+        return [
+            f"left out: {len(ids)} annotations of {self.path} {what} (ids {few(ids, 3)})" for ids, what in kinds if ids
+        ]
+
+    def _pack(self, annotations: list[dict], order: dict[int, int], category_ids: dict[int, int]) -> None:
+        # Large regions are drawn first, so that what lies on them stays visible; crowds come before all instances.
+        annotations.sort(key=lambda a: (order[a["image_id"]], not a.get("iscrowd"), -a["area"], a["id"]))
         rows = np.array([order[a["image_id"]] for a in annotations], dtype=np.int64)
-        self._first = np.searchsorted(rows, np.arange(len(images) + 1))
+        self._first = np.searchsorted(rows, np.arange(len(order) + 1))
         self._class = np.array(
-            [IGNORE if a.get("iscrowd", 0) else category_ids[a["category_id"]] for a in annotations], dtype=np.uint8
+            [IGNORE if a.get("iscrowd") else category_ids[a["category_id"]] for a in annotations], dtype=np.uint8
         )
         outlines = [json.dumps(a["segmentation"], separators=(",", ":")).encode() for a in annotations]
         self._offset = np.concatenate([[0], np.cumsum([len(o) for o in outlines], dtype=np.int64)]).astype(np.int64)
@@ -118,28 +158,42 @@ class Instances:
         """Return the label of image `index`, uint8 `[H, W]`: 0 = background, 255 = crowd where no instance is.
 
         Raises:
-            ValueError: an outline is malformed; the message names the file and the image.
+            ValueError: an outline is malformed or does not fit the image; the message names the file and the image.
         """
-        from pycocotools import mask as coco_mask
-
         height, width = self.sizes[index].tolist()
         label = np.zeros((height, width), dtype=np.uint8)
         for i in range(self._first[index], self._first[index + 1]):
             outline = json.loads(self._outlines[self._offset[i] : self._offset[i + 1]].tobytes())
             try:
-                if isinstance(outline, list):
-                    region = coco_mask.merge(coco_mask.frPyObjects(outline, height, width))
-                elif isinstance(outline["counts"], list):
-                    region = coco_mask.frPyObjects(outline, height, width)
-                else:
-                    region = outline
-                label[coco_mask.decode(region) != 0] = self._class[i]
-            except Exception as error:  # pycocotools raises bare Exceptions
+                region = draw_outline(outline, height, width)
+            except ValueError as error:
                 raise ValueError(
                     f"{self.path} has an outline of image {self.names[index]} that cannot be drawn on its {height} x "
-                    f"{width} pixels: {type(error).__name__}: {error}"
+                    f"{width} pixels: {error}"
                 ) from error
+            label[region] = self._class[i]
         return label
+
+
+def _is_id(value: object) -> str:
+    return "" if type(value) is int else "expected an integer"
+
+
+def _is_name(value: object) -> str:
+    return "" if isinstance(value, str) and Path(value).stem else "expected a file name"
+
+
+def _is_side(value: object) -> str:
+    return "" if type(value) is int and 1 <= value <= MAX_SIDE else f"expected 1..{MAX_SIDE} pixels"
+
+
+def _is_area(value: object) -> str:
+    known = type(value) in (int, float) and 0 <= value < math.inf
+    return "" if known else "expected its area in pixels (the large are drawn first)"
+
+
+def _is_flag(value: object) -> str:
+    return "" if value in (0, 1, None) else "expected 0 or 1"
 
 
 class Coco(SegmentationData):
@@ -159,23 +213,22 @@ class Coco(SegmentationData):
     """
 
     def __init__(self, config: DataConfig, split: str, seed: int = 0, labels: str = "auto") -> None:
-        if config.root is None:
-            source = IMAGE_SOURCE.format(split="val2017", name=config.name)
-            raise ValueError(
-                f"data set {config.name!r} needs a folder, --data.root FOLDER; got {config.root=}. {source}"
-            )
+        image_source = IMAGE_SOURCE.format(split=f"{split}2017", name=config.name)
+        self.root = root_of(config, f"the folder of COCO ({image_source})")
         if labels not in (("auto", "maps", "instances") if config.name == "coco80" else ("auto", "maps")):
             raise ValueError(f"{config.name} has no labels of this kind, got {labels=}; expected 'auto' or 'maps'")
-        self.root = Path(config.root)
         self.year_split = f"{split}2017"
-        self._images = image_folder(self.root, self.year_split)
-        self._maps = map_folder(self.root, self.year_split)
-        image_source = IMAGE_SOURCE.format(split=self.year_split, name=config.name)
+        self._images, *other_images = image_folders(self.root, self.year_split)
+        self._maps, *other_maps = map_folders(self.root, self.year_split)
         map_source = MAP_SOURCE.format(name=config.name)
-        files = file_names(self._images)
-        names = sorted(Path(f).stem for f in files if f.endswith(".jpg"))
+        listing = list_files(self._images, (".jpg",), flat=True)
+        left_out = listing.notes()
+        for read, others in ((self._images, other_images), (self._maps, other_maps)):
+            left_out += [f"left out: {f}, since there is {read}" for f in others if f.is_dir() and not f.samefile(read)]
+        names = [Path(f).stem for f in listing.files]
         if not names:
-            raise FileNotFoundError(f"no .jpg images in {self._images}. {image_source}")
+            raise FileNotFoundError("; ".join([f"no .jpg images in {self._images}. {image_source}", *left_out]))
+        files = set(listing.files)
         classes = table(config.name)
         json_file = self.root / "annotations" / f"instances_{self.year_split}.json"
         self._instances: Instances | None = None
@@ -189,6 +242,9 @@ class Coco(SegmentationData):
             ids = {int(k): v for k, v in classes["category_id_to_contiguous"].items()}
             self._instances = Instances(json_file, ids)
             total = len(self._instances.names)
+            left_out += self._instances.left_out
+            if extra := sorted(set(names) - set(self._instances.names)):
+                left_out.append(f"left out: {len(extra)} images that {json_file} does not list ({few(extra, 3)})")
             names = thin(self._instances.names, limit)
             self._row = {name: i for i, name in enumerate(self._instances.names)}
             labels_from = json_file.name
@@ -200,14 +256,14 @@ class Coco(SegmentationData):
             labels_from = None
         else:
             names = thin(names, limit)
-            maps = file_names(self._maps)
+            maps = set(list_files(self._maps, (".png",), flat=True).files)
             wanted = [f"{n}.png" for n in names]
             hint = map_source
             if config.name == "coco80" and not maps:
                 hint = f"{map_source}; or {INSTANCE_SOURCE.format(name=config.name)}"
             require_files(f"label maps of {config.name} {split}", wanted, maps, self._maps, hint)
             # An image that was lost would otherwise vanish from the list, and from the score, without a word.
-            extra = [f"{Path(m).stem}.jpg" for m in sorted(maps) if m.endswith(".png")] if limit is None else []
+            extra = [f"{Path(m).stem}.jpg" for m in sorted(maps)] if limit is None else []
             require_files(f"images of {config.name} {split}", extra, files, self._images, image_source)
             labels_from = f"{self._maps.parent.name}/{self.year_split}"
         if config.name == "coco80":
@@ -229,6 +285,7 @@ class Coco(SegmentationData):
             labels_from=labels_from,
             repeat=config.repeat if split == "train" else 1,
             total=total,
+            left_out=left_out,
         )
 
     def image_path(self, index: int) -> Path:

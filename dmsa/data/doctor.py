@@ -9,7 +9,7 @@ from typing import Any
 
 from dmsa.config import DataConfig
 from dmsa.data import SPLITS, build
-from dmsa.data.base import few
+from dmsa.data.listing import few
 from dmsa.data.sources import FILE_SETS, SPLIT_IMAGES, items
 
 

@@ -1,42 +1,35 @@
 """A folder of images, with or without masks and class names.
 
 Expected below the root: images in `images/train` and `images/val`, or in `images/` (then both splits are all of
-them), or in the root itself; masks, if any, in `masks/` with the same relative names and the suffix `.png`;
+them), or in the root itself; masks, if any, in `masks/` with the same relative names and the ending `.png`;
 `classes.txt`, if any, with one class name per line in the order of the ids, optionally followed by a comma and
 `thing` or `stuff` (things first). A first class called `background` makes id 0 the background of a set of things.
 """
 
 from __future__ import annotations
 
-import os
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
 from dmsa.config import DataConfig
-from dmsa.data.base import (
-    IGNORE,
+from dmsa.data.base import IGNORE, SegmentationData, label_lookup, map_label, root_of
+from dmsa.data.images import read_mask
+from dmsa.data.listing import (
     IMAGE_SUFFIXES,
-    SegmentationData,
+    by_stem,
     few,
-    label_lookup,
-    map_label,
-    read_mask,
-    read_text,
+    list_files,
+    read_lines,
+    refuse_twice,
     require_files,
     thin,
 )
 from dmsa.data.transforms import TrainTransform, ValTransform
 
-
-def walk(folder: Path) -> list[str]:
-    """Return the relative paths of all files below `folder`, sorted; folders with a leading dot are left out."""
-    found = []
-    for parent, folders, files in os.walk(folder):
-        folders[:] = [f for f in folders if not f.startswith(".")]
-        found += [(Path(parent) / f).relative_to(folder).as_posix() for f in files if not f.startswith(".")]
-    return sorted(found)
+SPLIT_FOLDERS = ("train", "val")
+_OURS = ("masks", "classes.txt")  # what is no image where the root itself holds the images
+_SPARSE = 16  # ids up to here may have gaps
 
 
 def read_classes(path: Path) -> tuple[list[str], int, bool]:
@@ -45,27 +38,56 @@ def read_classes(path: Path) -> tuple[list[str], int, bool]:
     Without kinds, every class is a thing if the first is `background`, else the first half are things.
 
     Raises:
-        ValueError: no names, an unknown kind, things after stuff, or more than 254 classes.
+        ValueError: no names, an empty line, a name twice, an unknown kind, things after stuff, a background that is not
+            the first, or more than 254 classes.
     """
-    lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    lines = read_lines(path)
     if not 1 <= len(lines) <= 254:
         raise ValueError(f"{path} names {len(lines)} classes; expected 1..254, one per line")
     names = [line.rsplit(",", 1)[0].strip() for line in lines]
     kinds = [line.rsplit(",", 1)[1].strip() if "," in line else "" for line in lines]
+    if "" in names:
+        raise ValueError(f"{path} has no name in line {names.index('') + 1}; expected one for every id, 0 first")
     if unknown := [kind for kind in kinds if kind not in ("", "thing", "stuff")]:
-        raise ValueError(f"{path} has kinds {few(unknown)}; expected `thing` or `stuff` after the comma")
-    if names[0] == "background":
+        raise ValueError(f"{path} has kinds {few(unknown)}; expected `thing` or `stuff` after the last comma")
+    refuse_twice(names, path, str.casefold)
+    if "background" in (name.casefold() for name in names[1:]):
+        raise ValueError(f"{path} has a background that is not the first class; expected it in line 1, for id 0")
+    if names[0].casefold() == "background":
         if "stuff" in kinds[1:]:
             raise ValueError(
                 f"{path} has a background and stuff; expected a background and things, or things and stuff"
             )
-        return names, len(names) - 1, True
+        return ["background", *names[1:]], len(names) - 1, True
     if not any(kinds):
         return names, (len(names) + 1) // 2, False
     n_things = sum(kind == "thing" for kind in kinds)
     if kinds != ["thing"] * n_things + ["stuff"] * (len(kinds) - n_things):
         raise ValueError(f"{path} mixes kinds; expected a kind on every line, things before stuff")
     return names, n_things, False
+
+
+def count_classes(folder: Path) -> int | None:
+    """Return one more than the highest id in all masks below `folder`, `None` if there are none.
+
+    Raises:
+        ValueError: the masks hold one class only (binary masks of 0 and 255, say), or too few ids for their range.
+    """
+    masks = list_files(folder, (".png",)).files
+    if not masks:
+        return None
+    occurs = np.zeros(256, dtype=bool)
+    for mask in masks:
+        occurs[read_mask(folder / mask)] = True
+    ids = np.flatnonzero(occurs[:IGNORE])
+    advice = f"expected ids 0, 1, 2, ... of two classes at least in the {len(masks)} masks in {folder}, or classes.txt"
+    if len(ids) < 2:
+        also = " and 255, which means `ignore` (binary masks are 0 and 1)" if occurs[IGNORE] else ""
+        raise ValueError(f"{advice}; they hold only {few(ids.tolist())}{also}")
+    count = int(ids.max()) + 1
+    if count > _SPARSE and 2 * len(ids) < count:
+        raise ValueError(f"{advice}; they hold {few(ids.tolist())}: {len(ids)} of the ids 0..{count - 1}")
+    return count
 
 
 class Folder(SegmentationData):
@@ -77,50 +99,54 @@ class Folder(SegmentationData):
         seed: seed of the augmentation.
 
     Raises:
-        ValueError: no root, or two images that share a mask.
+        ValueError: no root, two images or masks of one name, or masks whose classes cannot be told.
         FileNotFoundError: no images, or some but not all of the masks.
     """
 
     def __init__(self, config: DataConfig, split: str, seed: int = 0) -> None:
-        if config.root is None:
-            raise ValueError(f"data set 'folder' needs a folder of images, --data.root FOLDER; got {config.root=}")
-        root = Path(config.root)
+        root = root_of(config, "a folder of images")
         if not root.is_dir():
             raise FileNotFoundError(f"no folder {root}; expected images in it, or in {root / 'images'}")
         images = root / "images" if (root / "images").is_dir() else root
         masks = root / "masks"
-        if (images / split).is_dir():
-            images, masks = images / split, masks / split
-        files = [f for f in walk(images) if f.lower().endswith(IMAGE_SUFFIXES)]
-        if images == root:
-            files = [f for f in files if not f.startswith("masks/")]
-        if not files:
-            raise FileNotFoundError(f"no images ({' '.join(IMAGE_SUFFIXES)}) in {images}")
-        names = [os.path.splitext(f)[0] for f in files]
-        if len(set(names)) < len(names):
-            twice = [name for name, count in Counter(names).items() if count > 1]
-            raise ValueError(f"images in {images} differ only by their suffix, and would share a mask: {few(twice)}")
-        limit = config.train_images if split == "train" else config.val_images
-        self._images, self._masks = images, masks
-        present = set(walk(masks)) if masks.is_dir() else set()
-        labels_from = None
-        if present:
-            wanted = [f"{name}.png" for name in names]
-            require_files(f"masks of {split}", wanted, present, masks, "Every image needs one, or none has any")
-            labels_from = masks.relative_to(root).as_posix()
+        left_out: list[str] = []
+        if images != root and (beside := list_files(root, IMAGE_SUFFIXES, flat=True).files):
+            left_out.append(
+                f"left out: {len(beside)} images in {root} itself, since there is {images} ({few(beside, 3)})"
+            )
+        has_splits = any((images / name).is_dir() for name in SPLIT_FOLDERS)
+        if has_splits:
+            if not (images / split).is_dir():
+                raise FileNotFoundError(
+                    f"no {images / split}, beside the other split; expected both {few(SPLIT_FOLDERS)} in {images}, or "
+                    "neither (then both are all of the images)"
+                )
+            if beside := list_files(images, IMAGE_SUFFIXES, skip=(*SPLIT_FOLDERS, *_OURS)).files:
+                left_out.append(f"left out: {len(beside)} images in {images} that are in no split ({few(beside, 3)})")
+            images = images / split
+        listing = list_files(images, IMAGE_SUFFIXES, skip=_OURS if images == root else ())
+        left_out += listing.notes()
+        if not listing.files:
+            raise FileNotFoundError(f"no images ({' '.join(IMAGE_SUFFIXES)}) in {'; '.join([str(images), *left_out])}")
+        stems = by_stem(listing.files, images, "images")
+        names, files = list(stems), list(stems.values())
+        mask_files: list[str] = []
+        if masks.is_dir():
+            masks = masks / split if has_splits else masks
+            mask_files, notes = self._find_masks(masks, split, names)
+            left_out += notes
         names_file = root / "classes.txt"
         if names_file.is_file():
             classes, n_things, things_only = read_classes(names_file)
         else:
-            count = config.classes
-            # Both splits: they must agree on the number of classes.
-            every = [root / "masks" / mask for mask in walk(root / "masks") if mask.endswith(".png")]
-            if every:
-                count = 1 + max(self._highest_id(mask) for mask in every)
+            # All masks, of both splits: these must agree on the number of classes.
+            count = count_classes(root / "masks") or config.classes
             classes, n_things, things_only = [f"class {i}" for i in range(count)], (count + 1) // 2, False
         self._lut = label_lookup({i: i for i in range(len(classes))})
-        files = thin(files, limit)
-        self._files = np.array([f.encode() for f in files])
+        limit = config.train_images if split == "train" else config.val_images
+        # Arrays, not lists of strings, as the names in the base class.
+        self._images, self._files = images, np.array([f.encode() for f in thin(files, limit)])
+        self._masks, self._mask_files = masks, np.array([f.encode() for f in thin(mask_files, limit)])
         super().__init__(
             name="folder",
             split=split,
@@ -129,15 +155,28 @@ class Folder(SegmentationData):
             things_only=things_only,
             names=thin(names, limit),
             transform=TrainTransform(config, seed) if split == "train" else ValTransform(config),
-            labels_from=labels_from,
+            labels_from=masks.relative_to(root).as_posix() if mask_files else None,
             repeat=config.repeat if split == "train" else 1,
             total=len(names),
+            left_out=left_out,
         )
 
     @staticmethod
-    def _highest_id(path: Path) -> int:
-        ids = read_mask(path)
-        return int(ids[ids != IGNORE].max(initial=0))
+    def _find_masks(folder: Path, split: str, names: list[str]) -> tuple[list[str], list[str]]:
+        """Return the mask of every image, or no masks at all, and what was left out."""
+        listing = list_files(folder, (".png",))
+        if not listing.files:
+            unsplit = folder.name == split and not any((folder.parent / name).is_dir() for name in SPLIT_FOLDERS)
+            if listing.left_out or (unsplit and list_files(folder.parent, (".png",)).files):
+                raise FileNotFoundError("; ".join([f"no masks (.png) in {folder}", *listing.notes()]))
+            return [], [f"no masks in {folder}"]
+        found = by_stem(listing.files, folder, "masks")
+        hint = "; ".join(["Every image needs one, or none has any", *listing.notes()])
+        wanted = [f"{name}.png" for name in names]
+        require_files(f"masks of {split}", wanted, {f"{stem}.png" for stem in found}, folder, hint)
+        extra = sorted(set(found) - set(names))
+        notes = [f"left out: {len(extra)} masks in {folder} without an image ({few(extra, 3)})"] if extra else []
+        return [found[name] for name in names], [*listing.notes(), *notes]
 
     def image_path(self, index: int) -> Path:
         return self._images / self._files[index].decode()
@@ -145,5 +184,5 @@ class Folder(SegmentationData):
     def read_label(self, index: int) -> np.ndarray | None:
         if self.labels_from is None:
             return None
-        path = self._masks / f"{self.image_name(index)}.png"
+        path = self._masks / self._mask_files[index].decode()
         return map_label(read_mask(path), self._lut, path)

@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from dmsa.data.base import file_names, read_mask
-from dmsa.data.coco import curated_file, is_curated, map_folder
+from dmsa.data.coco import curated_file, is_curated, map_folders
+from dmsa.data.images import read_mask
+from dmsa.data.listing import list_files
 from dmsa.data.sources import Archive
 
 _BROKEN = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError)
@@ -188,8 +189,8 @@ def curate(root: Path, split: str, force: bool = False) -> str:
         CorruptImageError: a map cannot be decoded.
         FileExistsError: there is another list already, and not `force`.
     """
-    maps = map_folder(root, split)
-    names = sorted(name[: -len(".png")] for name in file_names(maps) if name.endswith(".png"))
+    maps = map_folders(root, split)[0]
+    names = [Path(name).stem for name in list_files(maps, (".png",), flat=True).files]
     with ThreadPoolExecutor(4) as pool:
         chosen = list(pool.map(lambda name: is_curated(read_mask(maps / f"{name}.png")), _progress(names, "curated")))
     text = "".join(f"{name}\n" for name, is_chosen in zip(names, chosen, strict=True) if is_chosen)

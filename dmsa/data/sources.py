@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from dmsa.data.coco import curated_file, image_folder, map_folder
+from dmsa.data.coco import curated_file, image_folders, map_folders
+from dmsa.data.listing import list_files
 from dmsa.data.voc import AUG_LISTS, sbd_root
 
 COCO_SITE = "cocodataset.org/#download"
@@ -59,12 +60,10 @@ class Item:
         if self.suffix is None:
             if not self.path.is_file():
                 return None
-            return sum(1 for line in self.path.read_text(encoding="utf-8").splitlines() if line.strip())
+            return sum(1 for line in self.path.read_bytes().splitlines() if line.strip())
         if not self.suffix:
             return 1 if self.path.is_file() else None
-        if not self.path.is_dir():
-            return None
-        return sum(1 for entry in self.path.iterdir() if entry.name.endswith(self.suffix)) or None
+        return len(list_files(self.path, (self.suffix,), flat=True).files) or None
 
 
 _VOC = Archive(
@@ -135,7 +134,7 @@ def items(name: str, root: Path) -> list[Item]:
     annotations, maps, *_ = archives(name)
     found = []
     for split in ("val2017", "train2017"):
-        found.append(Item(image_folder(root, split), "images", ".jpg", official[split], f"{split}.zip", COCO_SITE))
+        found.append(Item(image_folders(root, split)[0], "images", ".jpg", official[split], f"{split}.zip", COCO_SITE))
         need = "needed" if split == "val2017" else "not needed: labels of training images are only looked at"
         json_need, map_need = need, need
         if name == "coco80":
@@ -147,7 +146,7 @@ def items(name: str, root: Path) -> list[Item]:
             path = root / "annotations" / f"instances_{split}.json"
             found.append(Item(path, "instances", "", None, annotations.name, annotations.site, json_need))
         found.append(
-            Item(map_folder(root, split), "label maps", ".png", official[split], maps.name, maps.site, map_need)
+            Item(map_folders(root, split)[0], "label maps", ".png", official[split], maps.name, maps.site, map_need)
         )
     path = curated_file(root, "val2017")
     need = "only for the protocol stego"

@@ -16,6 +16,7 @@ from PIL import Image, ImageEnhance, ImageFilter
 from torch import Tensor
 
 from dmsa.config import DataConfig
+from dmsa.data.images import as_rgb
 
 MEAN = (0.485, 0.456, 0.406)
 """Per-channel mean of ImageNet in [0, 1], what DINO was trained with."""
@@ -54,12 +55,12 @@ def denormalise(images: Tensor) -> Tensor:
 
 
 def as_image(image: Image.Image | np.ndarray) -> Image.Image:
-    """Return `image` as an RGB Pillow image; an array is `[H, W, 3]` uint8. Opened files are decoded here."""
+    """Return `image` as an upright RGB Pillow image; an array is `[H, W, 3]` uint8. Opened files are decoded here."""
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(f"expected a uint8 image [H, W, 3], got {image.shape=} {image.dtype=}")
         return Image.fromarray(image)
-    return image if image.mode == "RGB" else image.convert("RGB")
+    return as_rgb(image)
 
 
 def resample(image: Image.Image, size: tuple[int, int], box: Box | None = None) -> Image.Image:

@@ -12,18 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from dmsa.config import DataConfig
-from dmsa.data.base import (
-    CorruptImageError,
-    SegmentationData,
-    file_names,
-    label_lookup,
-    map_label,
-    read_list,
-    read_mask,
-    require_files,
-    table,
-    thin,
-)
+from dmsa.data.base import IGNORE, SegmentationData, label_lookup, map_label, root_of, table
+from dmsa.data.images import CorruptImageError, read_mask
+from dmsa.data.listing import list_files, read_list, refuse_twice, require_files, thin
 from dmsa.data.transforms import TrainTransform, ValTransform
 
 VOC_SOURCE = (
@@ -74,7 +65,9 @@ def augmented_list(voc: Path, sbd: Path | None) -> list[str]:
     for name in AUG_LISTS:
         if (lists / name).is_file():
             # DeepLab's list has lines "/JPEGImages/x.jpg /SegmentationClassAug/x.png".
-            return [Path(entry).stem for entry in read_list(lists / name)]
+            names = [Path(entry).stem for entry in read_list(lists / name)]
+            refuse_twice(names, lists / name)
+            return names
     if sbd is None:
         raise FileNotFoundError(f"neither {lists / AUG_LISTS[0]} nor benchmark_RELEASE/dataset/cls. {SBD_SOURCE}")
     missing = [name for name in ("train.txt", "val.txt") if not (sbd / name).is_file()]
@@ -97,9 +90,15 @@ def read_sbd(path: Path) -> np.ndarray:
         raise FileNotFoundError(f"{path} is missing. {SBD_SOURCE}")
     try:
         ids = loadmat(path)["GTcls"]["Segmentation"][0, 0]
+        if ids.ndim != 2 or ids.dtype.kind not in "iu" or ids.min(initial=0) < 0 or ids.max(initial=0) > IGNORE:
+            raise ValueError(f"expected ids 0..255 [H, W], got {ids.shape=} {ids.dtype=}")
     except Exception as error:  # scipy raises a dozen kinds for broken files, down to TypeError and ZeroDivisionError
         raise CorruptImageError(path, f"{type(error).__name__}: {error}") from error
     return np.ascontiguousarray(ids, dtype=np.uint8)
+
+
+def _files(folder: Path, suffix: str) -> set[str]:
+    return set(list_files(folder, (suffix,), flat=True).files)
 
 
 class Voc(SegmentationData):
@@ -116,24 +115,21 @@ class Voc(SegmentationData):
     """
 
     def __init__(self, config: DataConfig, split: str, seed: int = 0) -> None:
-        if config.root is None:
-            raise ValueError(
-                f"data set {config.name!r} needs a folder, --data.root FOLDER; got {config.root=}. {VOC_SOURCE}"
-            )
-        self.root = voc_root(config.root)
+        root = root_of(config, f"the folder of VOC 2012 ({VOC_SOURCE})")
+        self.root = voc_root(root)
         classes = table("voc")
         self._lut = label_lookup({i: i for i in range(classes["num_classes"])})
         lists = self.root / "ImageSets" / "Segmentation"
-        require_files("split lists", ["train.txt", "val.txt"], file_names(lists), lists, VOC_SOURCE)
+        require_files("split lists", ["train.txt", "val.txt"], _files(lists, ".txt"), lists, VOC_SOURCE)
         augmented = config.name == "voc_aug" and split == "train"
-        self._sbd = (sbd_root(config.root) or sbd_root(self.root)) if augmented else None
+        self._sbd = (sbd_root(root) or sbd_root(self.root)) if augmented else None
         names = augmented_list(self.root, self._sbd) if augmented else read_list(lists / f"{split}.txt")
         total = len(names)
         names = thin(names, config.train_images if split == "train" else config.val_images)
         require_files(
             f"images of {config.name} {split}",
             [f"{name}.jpg" for name in names],
-            file_names(self.root / "JPEGImages"),
+            _files(self.root / "JPEGImages", ".jpg"),
             self.root / "JPEGImages",
             VOC_SOURCE,
         )
@@ -157,10 +153,10 @@ class Voc(SegmentationData):
         folders = {"SegmentationClass": ".png"}
         if augmented:
             folders["SegmentationClassAug"] = ".png"
-        present = {Path(f).stem for folder in folders for f in file_names(self.root / folder) if f.endswith(".png")}
+        present = {Path(f).stem for folder in folders for f in _files(self.root / folder, ".png")}
         sources = [folder for folder in folders if (self.root / folder).is_dir()]
         if self._sbd is not None:
-            present |= {Path(f).stem for f in file_names(self._sbd / "cls") if f.endswith(".mat")}
+            present |= {Path(f).stem for f in _files(self._sbd / "cls", ".mat")}
             sources.append("SBD cls/*.mat")
         if split == "train" and present.isdisjoint(names):
             return None

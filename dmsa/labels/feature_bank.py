@@ -247,7 +247,7 @@ class SquashedImages(torch.utils.data.Dataset):
         return len(self.indices)
 
     def __getitem__(self, place: int) -> Tensor | str:
-        from dmsa.data.base import CorruptImageError
+        from dmsa.data.images import CorruptImageError
 
         index = self.indices[place]
         try:

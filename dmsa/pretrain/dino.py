@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from dmsa.data.base import IMAGE_SUFFIXES, decode, few
+from dmsa.data.images import as_rgb, open_image
+from dmsa.data.listing import IMAGE_SUFFIXES, list_files
 from dmsa.pretrain.config import PretrainConfig
 from dmsa.pretrain.loop import Recipe
 from dmsa.pretrain.quality import normalise
@@ -73,29 +75,27 @@ def find_images(folder: str | None) -> list[Path]:
     """
     if folder is None or not Path(folder).is_dir():
         raise FileNotFoundError(f"images={folder!r}: the recipe 'dino' needs a folder of images (jpg, png, tif, ...)")
-    found = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-    if len(found) < MIN_IMAGES:
+    listing = list_files(folder, IMAGE_SUFFIXES)
+    if len(listing.files) < MIN_IMAGES:
+        found = "; ".join([f"images={folder!r} holds {len(listing.files)} images", *listing.notes()])
         raise FileNotFoundError(
-            f"images={folder!r} holds {len(found)} images ({few(found)}), expected at least {MIN_IMAGES} files "
-            f"with one of the suffixes {IMAGE_SUFFIXES}"
+            f"{found}; expected at least {MIN_IMAGES} files with one of the endings {IMAGE_SUFFIXES}"
         )
-    return found
+    for note in listing.notes():
+        print(note, file=sys.stderr)
+    return [Path(folder) / name for name in listing.files]
 
 
 def load(path: Path, longest: int) -> Tensor:
     """The image as uint8 ``[3, H, W]``, shrunk so that its shorter side is at most ``longest``."""
-
-    def read() -> np.ndarray:
-        with Image.open(path) as image:
-            image.draft("RGB", (longest, longest))
-            image = image.convert("RGB")
-            share = longest / min(image.size)
-            if share < 1:
-                size = (max(1, round(image.width * share)), max(1, round(image.height * share)))
-                image = image.resize(size, Image.Resampling.BILINEAR)
-            return np.array(image)
-
-    return torch.from_numpy(decode(path, read)).permute(2, 0, 1).contiguous()
+    with open_image(path) as opened:
+        opened.draft("RGB", (longest, longest))
+        image = as_rgb(opened)
+    share = longest / min(image.size)
+    if share < 1:
+        size = (max(1, round(image.width * share)), max(1, round(image.height * share)))
+        image = image.resize(size, Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 def random_crop(image: Tensor, size: int, scale: tuple[float, float], generator: torch.Generator) -> Tensor:

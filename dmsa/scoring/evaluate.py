@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dmsa import distributed
-from dmsa.data.base import CorruptImageError, few, read_mask
-from dmsa.data.folder import walk
+from dmsa.data.images import CorruptImageError, read_mask
+from dmsa.data.listing import few, list_files
 from dmsa.data.transforms import normalise, to_tensor
 from dmsa.scoring.metrics import Histogram, scores, things_of
 from dmsa.scoring.protocols import Protocol
@@ -237,7 +237,7 @@ def evaluate_predictions(
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder of predictions {folder}")
     indices, curated = _indices(dataset, protocol)
-    found = {os.path.splitext(f)[0]: folder / f for f in walk(folder) if f.lower().endswith(".png")}
+    found = {os.path.splitext(f)[0]: folder / f for f in list_files(folder, (".png",)).files}
     by_stem = {Path(name).name: path for name, path in found.items()}
     files, missing = {}, []
     for index in indices:

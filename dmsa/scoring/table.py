@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from dmsa.data.base import few, table
+from dmsa.data.base import table
+from dmsa.data.listing import few
 from dmsa.scoring.metrics import Scores
 from dmsa.scoring.protocols import Protocol
 

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from dmsa.config import Config, deviations
-from dmsa.data.base import few
 from dmsa.data.classes import Classes
+from dmsa.data.listing import few
 from dmsa.scoring.table import markdown, paper_rows, percent, score_rows
 from dmsa.training.task import Task
 from dmsa.visualize import colourise, heatmap, panel, predicted_palette

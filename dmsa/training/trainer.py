@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader, default_collate
 from dmsa import checkpoint, data, distributed
 from dmsa.checkpoint import Checkpoints
 from dmsa.config import Config, to_dict
-from dmsa.data.base import few
 from dmsa.data.classes import Classes
+from dmsa.data.listing import few
 from dmsa.files import write_atomically
 from dmsa.labels.cache import image_count
 from dmsa.labels.clustering import prepare_centroids

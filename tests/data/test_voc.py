@@ -90,7 +90,7 @@ def test_missing_images_are_counted_and_named_with_their_source(root):
 
 
 def test_no_root_and_no_sbd_say_where_to_get_them(root):
-    with pytest.raises(ValueError, match=r"config\.root=None.*VOCtrainval"):
+    with pytest.raises(ValueError, match=r"VOCtrainval.*--data\.root FOLDER of train\.py"):
         build(dataclasses.replace(config(root), root=None), "val")
     with pytest.raises(FileNotFoundError, match=r"no JPEGImages/ in .*VOCtrainval"):
         build(config(root), "val")

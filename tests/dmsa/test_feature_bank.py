@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from dmsa.config import Config, DataConfig, LabelConfig
-from dmsa.data.base import CorruptImageError
+from dmsa.data.images import CorruptImageError
 from dmsa.data.transforms import MEAN, STD
 from dmsa.labels import feature_bank
 from dmsa.labels.feature_bank import FeatureBank, build_feature_bank, class_tokens, cut, window_shares, windows
