@@ -18,7 +18,7 @@ class AblateConfig:
     """Folder of the runs, one a row and seed."""
     results: str = "benchmarks/results"
     """Folder of the tables, the CSV files and the picture."""
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """Seeds; every row is trained with each."""
     epochs: int | None = None
     """Epochs of a run; the preset's if unset."""

@@ -1,15 +1,16 @@
 """The rows of the paper's Table 4 on the embedded data set, as switches of one configuration.
 
-Every row is trained with the same data, budget and seeds. The result is a markdown table (mean and standard deviation
-over the seeds, and the epoch at which a run comes within a point of its best score: the paper claims far fewer
-epochs with PAR), the scores of every epoch as CSV, and the curves as a picture. A run that was stopped goes on; a
-finished one is read, not repeated.
+Every row is trained with the same data, budget and seeds. The result is a table of the rows (mean and standard
+deviation over the seeds) with the epoch at which each reaches the baseline's best score (the paper claims far fewer
+with PAR), a table of their differences from the baseline of the same seed, the scores of every epoch as CSV, and the
+curves as a picture. A run that was stopped goes on; a finished one is read, not repeated, so that seeds can be added.
 """
 
 from __future__ import annotations
 
 import csv
 import dataclasses
+import math
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,14 +18,15 @@ from typing import Any
 
 import numpy as np
 
-from dmsa import data
+from dmsa import checkpoint, data
 from dmsa.config import Config, load_preset, resolve_method
 from dmsa.labels.clustering import prepare_centroids
 from dmsa.models.encoder import build_encoder
 from dmsa.scoring.baselines import untrained_rows
 from dmsa.scoring.boundary import TOLERANCE
+from dmsa.scoring.comparison import Curve, arrivals, arrived, difference, figures
 from dmsa.scoring.table import markdown, spread
-from dmsa.training.progress import git_commit
+from dmsa.training.run import commits
 from dmsa.training.session import train
 
 ROWS: dict[str, tuple[bool, bool, bool]] = {
@@ -38,18 +40,30 @@ ROWS: dict[str, tuple[bool, bool, bool]] = {
 }
 """Row → whether pyramid, refinement and segmentation loss are on."""
 TRANSFGU, DMSA, PLUS = "baseline (TransFGU)", "DMSA (+ ASPP + PAR + seg)", "dmsa_plus"
-Curves = dict[str, list[list[dict[str, Any]]]]
-"""Row → one list a seed, of an evaluation's `epoch`, `miou`, `accuracy` (fractions)."""
-NEAR_BEST = 1.0
-"""mIoU points below its best at which a run counts as arrived."""
+TITLES = {TRANSFGU: "TransFGU", DMSA: "DMSA", PLUS: "dmsa_plus"}
+"""Row → its name in the table of scores."""
+COMPARED = {
+    "miou_last": "mIoU, last epoch",
+    "miou_best": "mIoU, best epoch",
+    "miou_mean": "mIoU, mean over epochs",
+    "accuracy_last": "accuracy, last epoch",
+    "accuracy_best": "accuracy, best epoch",
+    "accuracy_mean": "accuracy, mean over epochs",
+}
+"""Figure of a run → its column."""
+Curves = dict[str, list[Curve]]
+"""Row → one curve a seed."""
 
 
 def switch(config: Config, aspp: bool, par: bool, seg: bool) -> Config:
-    """`config` with the paper's three parts on (as the preset has them) or off."""
+    """`config` with the paper's three parts on (as the preset has them) or off.
+
+    Without PAR there is nothing finer than the tokens to compare at, as in TransFGU's public code.
+    """
     return dataclasses.replace(
         config,
         model=config.model if aspp else dataclasses.replace(config.model, aspp="off"),
-        labels=config.labels if par else dataclasses.replace(config.labels, par="off"),
+        labels=config.labels if par else dataclasses.replace(config.labels, par="off", label_grid="tokens"),
         losses=config.losses if seg else dataclasses.replace(config.losses, seg=0.0),
     )
 
@@ -60,28 +74,26 @@ def row_config(base: Config, name: str) -> Config:
     return resolve_method(dataclasses.replace(config, method="dmsa_plus")) if name == PLUS else config
 
 
-def arrival(curve: Sequence[float], margin: float = NEAR_BEST) -> int:
-    """First epoch, counted from 1, whose score is within ``margin`` of the best one."""
-    if not len(curve):
-        raise ValueError("an empty curve has no best epoch")
-    return int(np.flatnonzero(np.asarray(curve) >= max(curve) - margin)[0]) + 1
-
-
 def ablation_table(curves: Curves) -> list[str]:
-    """Markdown lines: the best and the last epoch of every row, and how early it came near its best."""
-    figures = ["mIoU, best epoch", "accuracy, best epoch", "mIoU, last epoch", "best epoch"]
-    rows = [["row", "ASPP", "PAR", "seg", *figures, f"within {NEAR_BEST:g} point of best"]]
+    """Return markdown lines: mean and deviation of every row's figures, and when it reaches the baseline's best."""
+    rows = [["row", "ASPP", "PAR", "seg", *COMPARED.values(), "best epoch", "epochs to the baseline's best"]]
     for name, runs in curves.items():
-        best = [max(run, key=lambda entry: entry["miou"]) for run in runs]
-        cells = [
-            spread([100 * entry["miou"] for entry in best]),
-            spread([100 * entry["accuracy"] for entry in best]),
-            spread([100 * run[-1]["miou"] for run in runs]),
-            spread([entry["epoch"] + 1 for entry in best], 1),
-            spread([run[arrival([100 * entry["miou"] for entry in run]) - 1]["epoch"] + 1 for run in runs], 1),
-        ]
-        marks = ["yes" if on else "" for on in ROWS[name]]
-        rows.append([name, *marks, *cells])
+        found = [figures(run) for run in runs]
+        cells = [spread([run[key] for run in found]) for key in COMPARED]
+        cells += [spread([run["best_epoch"] for run in found], 1), arrived(arrivals(runs, curves[TRANSFGU]))]
+        rows.append([name, *("yes" if on else "" for on in ROWS[name]), *cells])
+    return markdown(rows)
+
+
+def paired_table(curves: Curves) -> list[str]:
+    """Return markdown lines: every row's figures minus those of the baseline with the same seed."""
+    reference = [figures(run) for run in curves[TRANSFGU]]
+    rows = [["minus the baseline of the same seed", *COMPARED.values()]]
+    for name, runs in curves.items():
+        if name != TRANSFGU:
+            found = [figures(run) for run in runs]
+            pairs = [([run[key] for run in found], [run[key] for run in reference]) for key in COMPARED]
+            rows.append([name, *(difference(*pair) for pair in pairs)])
     return markdown(rows)
 
 
@@ -112,13 +124,13 @@ def baseline_rows(config: Config) -> list[dict[str, Any]]:
 
 
 def trained_rows(curves: Curves, number: int) -> list[dict[str, Any]]:
-    """Rows (d), (e) and `dmsa_plus` of the seed at place ``number``, at the last and at the best epoch."""
+    """Rows (d), (e) and `dmsa_plus` of the seed at place ``number``, at the last and the best epoch and averaged."""
     rows = []
-    for name, title in ((TRANSFGU, "TransFGU"), (DMSA, "DMSA"), (PLUS, "dmsa_plus")):
-        run = curves[name][number]
-        for when, entry in (("last", run[-1]), ("best", max(run, key=lambda entry: entry["miou"]))):
-            scores = {key: 100 * entry[key] for key in ("miou", "accuracy")}
-            rows.append({"method": f"{title}, {when} epoch", **scores, "boundary": None})
+    for name, title in TITLES.items():
+        found = figures(curves[name][number])
+        for key, when in (("last", "last epoch"), ("best", "best epoch"), ("mean", "mean over epochs")):
+            scores = {"miou": found[f"miou_{key}"], "accuracy": found[f"accuracy_{key}"], "boundary": None}
+            rows.append({"method": f"{title}, {when}", **scores})
     return rows
 
 
@@ -132,6 +144,34 @@ def score_table(rows: Sequence[Sequence[Mapping[str, Any]]]) -> list[str]:
         ]
         table.append([same[0]["method"], *cells])
     return markdown(table)
+
+
+def scores_of(config: Config) -> tuple[Curve, list[str]]:
+    """Return a run's evaluations and the commits it was trained at: read from its folder if it is finished.
+
+    Raises:
+        ValueError: the folder holds a run of another configuration; the options that differ are listed.
+    """
+    folder = Path(config.out)
+    newest = checkpoint.Checkpoints(folder / "checkpoints").newest()
+    state = None if newest is None else checkpoint.load(newest)
+    if state is not None and state["epoch"] >= config.train.epochs:
+        checkpoint.check_config(state, config, newest)
+        scores = state["scores"]
+    else:
+        scores = train(config)["scores"]
+    return [entry for entry in scores if entry["epoch"] < config.train.epochs], commits(folder)
+
+
+def seed_entries(curves: Curves, seeds: Sequence[int]) -> tuple[list[str], list[list[Any]]]:
+    """Return header and rows of the CSV with the figures of every run, from which both tables are made."""
+    entries = []
+    for name, runs in curves.items():
+        for seed, run, epoch in zip(seeds, runs, arrivals(runs, curves[TRANSFGU]), strict=True):
+            found = figures(run)
+            reached = "" if math.isnan(epoch) else int(epoch)
+            entries.append([name, seed, *(f"{found[key]:.4f}" for key in COMPARED), found["best_epoch"], reached])
+    return ["row", "seed", *COMPARED, "best_epoch", "epochs_to_baselines_best"], entries
 
 
 def _write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -151,7 +191,9 @@ def ablate(
     scores: bool = False,
     command: str = "",
 ) -> list[str]:
-    """Train the rows with all seeds; write ``ablation_shapes.{md,csv,png}``, or ``shapes_scores.{md,csv}``.
+    """Train the rows with all seeds and write their tables.
+
+    These are ``ablation_shapes.{md,csv,png}`` and ``ablation_shapes_seeds.csv``, or ``shapes_scores.{md,csv}``.
 
     Args:
         preset: by name, or a YAML file; a data set whose validation images have labels.
@@ -177,6 +219,7 @@ def ablate(
     base = dataclasses.replace(base, data=dataclasses.replace(base.data, **counts), train=training)
     curves: Curves = {name: [] for name in ((TRANSFGU, DMSA, PLUS) if scores else ROWS)}
     scored = []
+    trained_at: list[str] = []
     for number, seed in enumerate(seeds):
         for name, runs in curves.items():
             on = [part for part, wanted in zip(("aspp", "par", "seg"), ROWS[name], strict=True) if wanted]
@@ -184,9 +227,11 @@ def ablate(
             config = dataclasses.replace(
                 row_config(base, name), out=str(folder), train=dataclasses.replace(training, seed=seed)
             )
-            runs.append(train(config)["scores"])
-            if not runs[-1]:
+            curve, made_at = scores_of(config)
+            if not curve:
                 raise ValueError(f"{preset=}: its validation images have no labels, nothing to compare")
+            runs.append(curve)
+            trained_at += [commit for commit in made_at if commit not in trained_at]
             if scores and name == DMSA:
                 untrained = baseline_rows(config)
         if scores:
@@ -194,7 +239,7 @@ def ablate(
     conditions = [
         f"    {command}",
         "",
-        f"Commit {git_commit()}; {platform.machine()}, CPU. {training.epochs} epochs of "
+        f"Commit {', '.join(trained_at)}; {platform.machine()}, CPU. {training.epochs} epochs of "
         f"{base.data.train_images} images, batch {training.batch}; {base.data.val_images} validation images; "
         f"{len(seeds)} seed(s), each with pictures of its own, mean ± standard deviation. Scores in percent, "
         f"protocol transfgu at {base.data.size} px.",
@@ -203,7 +248,7 @@ def ablate(
     folder = Path(results)
     folder.mkdir(parents=True, exist_ok=True)
     if scores:
-        lines = [f"# Scores on {base.data.name}", "", *conditions, *score_table(scored), ""]
+        lines = [f"# Scores on {base.data.name}", "", *conditions, *score_table(scored), "", *paired_table(curves), ""]
         (folder / "shapes_scores.md").write_text("\n".join(lines), encoding="utf-8")
         keys = ("miou", "accuracy", "boundary")
         entries = [
@@ -213,7 +258,7 @@ def ablate(
         ]
         _write_csv(folder / "shapes_scores.csv", ["method", "seed", *keys], entries)
         return lines
-    lines = [f"# Ablation on {base.data.name}", "", *conditions, *ablation_table(curves), ""]
+    lines = [f"# Ablation on {base.data.name}", "", *conditions, *ablation_table(curves), "", *paired_table(curves), ""]
     lines += ["![mIoU by epoch](ablation_shapes.png)", ""]
     (folder / "ablation_shapes.md").write_text("\n".join(lines), encoding="utf-8")
     entries = [
@@ -223,5 +268,6 @@ def ablate(
         for entry in run
     ]
     _write_csv(folder / "ablation_shapes.csv", ["row", "seed", "epoch", "miou", "accuracy"], entries)
+    _write_csv(folder / "ablation_shapes_seeds.csv", *seed_entries(curves, seeds))
     draw(curves, folder / "ablation_shapes.png")
     return lines

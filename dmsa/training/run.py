@@ -22,7 +22,7 @@ class RunFolder:
     | path | what |
     |---|---|
     | config.yaml | the merged configuration; `--preset RUN/config.yaml` runs it again |
-    | commit.txt | git commit of the source tree |
+    | commit.txt | git commits of the source tree that the run was trained at, in order |
     | metrics.jsonl | losses, label statistics and scores, one JSON object a line |
     | tensorboard/ | the same and the panels as events |
     | checkpoints/ | step-*.pt and best.pt |
@@ -93,11 +93,23 @@ class RunFolder:
         """Write config.yaml."""
         self.write_text("config.yaml", config.to_yaml())
 
+    def add_commit(self, commit: str, *, begins: bool) -> None:
+        """Note in commit.txt at which commit the source tree is; a run that `begins` forgets what was there."""
+        known = [] if begins else commits(self.path)
+        if commit not in known:
+            self.write_text("commit.txt", "\n".join([*known, commit]) + "\n")
+
     def close(self) -> None:
         """Let other processes write here."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+
+def commits(folder: str | Path) -> list[str]:
+    """Return the commits in a run folder's commit.txt, none if there is no such file."""
+    path = Path(folder) / "commit.txt"
+    return path.read_text(encoding="utf-8").split() if path.is_file() else []
 
 
 def launch_command(argv: list[str]) -> str:

@@ -32,7 +32,7 @@ from dmsa.scoring.protocols import Protocol
 from dmsa.training.nonfinite import stop_nonfinite
 from dmsa.training.progress import MetricsLog, Progress, git_commit, say
 from dmsa.training.report import draw_panels, report_text
-from dmsa.training.run import RunFolder, launch_command
+from dmsa.training.run import RunFolder, commits, launch_command
 from dmsa.training.sampler import EpochBatches
 from dmsa.training.setup import PRECISIONS, build_optimizer, check_sizes, set_up_torch
 from dmsa.training.task import LOSSES, Prepared, Task
@@ -93,7 +93,7 @@ class Trainer:
             self.encoder = build_encoder(config.model.encoder, config.model.weights).to(device)
         check_sizes(config, self.encoder)
         self.encoder_hash = fingerprint(self.encoder)
-        distributed.on_main(lambda: self._open_folder())
+        distributed.on_main(lambda: self._open_folder(found))
         self.centroids = self._centroids(found)
         # The bank may come from a cache: what is drawn from here on must not depend on that.
         seed_everything(config.train.seed)
@@ -136,10 +136,11 @@ class Trainer:
         distributed.on_main(read)
         return distributed.broadcast_state(found)
 
-    def _open_folder(self) -> None:
+    def _open_folder(self, found: Mapping[str, Any] | None) -> None:
         self.folder = RunFolder(self.config.out)
         self.folder.write_config(self.config)
-        self.folder.write_text("commit.txt", git_commit() + "\n")
+        if found is None or found["epoch"] < self.config.train.epochs:
+            self.folder.add_commit(git_commit(), begins=found is None)
 
     def _centroids(self, found: Mapping[str, Any] | None) -> dict[str, Any]:
         """Return the centroids `vectors` and their provenance, from the checkpoint or made from the training images."""
@@ -408,7 +409,7 @@ class Trainer:
             best=self.state.best,
             baselines=baselines,
             command=launch_command(self.argv),
-            commit=git_commit(),
+            commit=", ".join(commits(self.config.out)),
             panels=[f"panels/{name}" for name in panels[-1:]],
             finished=self.state.epoch >= self.config.train.epochs,
             damaged={

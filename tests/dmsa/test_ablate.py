@@ -9,7 +9,20 @@ import pytest
 
 from dmsa.commands.ablate import main
 from dmsa.config import load_preset, resolve_method, to_dict
-from dmsa.training.ablation import PLUS, ROWS, ablate, ablation_table, arrival, row_config, score_table, switch
+from dmsa.training.ablation import (
+    DMSA,
+    PLUS,
+    ROWS,
+    TRANSFGU,
+    ablate,
+    ablation_table,
+    paired_table,
+    row_config,
+    score_table,
+    scores_of,
+    switch,
+)
+from tests.dmsa.runs import tiny_config
 
 
 def test_switches_are_the_methods():
@@ -22,21 +35,41 @@ def test_switches_are_the_methods():
     assert len({str(row_config(base, name)) for name in ROWS}) == len(ROWS)
 
 
-def test_arrival_by_hand():
-    assert arrival([10, 20, 29.5, 30, 25]) == 3
-    assert arrival([5]) == 1
-    assert arrival([30, 10, 29.5]) == 1
-    with pytest.raises(ValueError, match="empty"):
-        arrival([])
+def curve(*miou, accuracy=0.5):
+    return [{"epoch": epoch, "miou": value, "accuracy": accuracy} for epoch, value in enumerate(miou)]
 
 
-def test_table_by_hand():
-    runs = [
-        [{"epoch": 0, "miou": 0.10, "accuracy": 0.5}, {"epoch": 1, "miou": 0.30, "accuracy": 0.7}],
-        [{"epoch": 0, "miou": 0.20, "accuracy": 0.9}, {"epoch": 1, "miou": 0.10, "accuracy": 0.7}],
+def test_tables_by_hand():
+    curves = {TRANSFGU: [curve(0.3, 0.1), curve(0.2, 0.4)], "+ PAR": [curve(0.1, 0.3, accuracy=0.7), curve(0.2, 0.1)]}
+    *_, baseline, line = ablation_table(curves)
+    assert line == (
+        "| + PAR |  | yes |  | 20.00 ± 14.14 | 25.00 ± 7.07 | 17.50 ± 3.54 "
+        "| 60.00 ± 14.14 | 60.00 ± 14.14 | 60.00 ± 14.14 | 1.5 ± 0.7 | 2.0 (1 of 2) |"
+    )
+    assert baseline.endswith("| 1.5 ± 0.7 | 1.5 ± 0.7 (2 of 2) |")
+    head, _, *lines = paired_table(curves)
+    assert "same seed" in head
+    assert lines == [
+        "| + PAR | -5.00 ± 35.36 (1 of 2) | -10.00 ± 14.14 (0 of 2) | -7.50 ± 10.61 (0 of 2) "
+        "| +10.00 ± 14.14 (1 of 2) | +10.00 ± 14.14 (1 of 2) | +10.00 ± 14.14 (1 of 2) |"
     ]
-    *_, line = ablation_table({"+ PAR": runs})
-    assert line == "| + PAR |  | yes |  | 25.00 ± 7.07 | 80.00 ± 14.14 | 20.00 ± 14.14 | 1.5 ± 0.7 | 1.5 ± 0.7 |"
+
+
+def test_a_finished_run_is_read_and_a_longer_one_cut(monkeypatch, tmp_path):
+    config = tiny_config(tmp_path / "run", epochs=2)
+    monkeypatch.setattr("dmsa.training.trainer.git_commit", lambda: "first")
+    made, commits = scores_of(config)
+    assert [entry["epoch"] for entry in made] == [0, 1]
+    assert commits == ["first"]
+    monkeypatch.setattr("dmsa.training.trainer.git_commit", lambda: "second")
+    longer = dataclasses.replace(config, train=dataclasses.replace(config.train, epochs=3))
+    assert scores_of(longer)[0][:2] == made
+    assert scores_of(longer)[1] == ["first", "second"]
+    monkeypatch.setattr("dmsa.training.ablation.train", lambda config: pytest.fail("trained again"))
+    assert scores_of(config) == (made, ["first", "second"])
+    other = dataclasses.replace(config, losses=dataclasses.replace(config.losses, seg=0.5))
+    with pytest.raises(ValueError, match=r"losses\.seg"):
+        scores_of(other)
 
 
 def test_every_row_and_seed_is_trained_and_written(monkeypatch, tmp_path, capsys):
@@ -67,7 +100,14 @@ def test_every_row_and_seed_is_trained_and_written(monkeypatch, tmp_path, capsys
     best = {row: max(float(e["miou"]) for e in entries if e["row"] == row) for row in ROWS}
     assert {row for row in best if best[row] == max(best.values())} == {"DMSA (+ ASPP + PAR + seg)", PLUS}
     assert (tmp_path / "results/ablation_shapes.png").stat().st_size > 1000
-    assert "50.00 ± 0.00" in (tmp_path / "results/ablation_shapes.md").read_text()
+    table = (tmp_path / "results/ablation_shapes.md").read_text()
+    assert "| +30.00 ± 0.00 (2 of 2) |" in table
+    with (tmp_path / "results/ablation_shapes_seeds.csv").open() as stream:
+        figures = {(entry["row"], entry["seed"]): entry for entry in csv.DictReader(stream)}
+    assert len(figures) == 2 * len(ROWS)
+    assert figures[DMSA, "4"]["miou_mean"] == "40.0000"
+    assert figures[DMSA, "4"]["epochs_to_baselines_best"] == "1"
+    assert figures[TRANSFGU, "4"]["epochs_to_baselines_best"] == "3"
     assert main([*words, "--scores"]) == 0
     assert len(seen) == 2 * len(ROWS) + 2 * 3
     assert {config.out for config in seen[-6:]} < {config.out for config in seen[:-6]}
@@ -75,9 +115,11 @@ def test_every_row_and_seed_is_trained_and_written(monkeypatch, tmp_path, capsys
     assert "| clusters | 12.0 ± 2.8 | 40.0 ± 0.0 | 9.0 ± 0.0 |" in written
     assert "| TransFGU, best epoch | 20.0 ± 0.0 | 50.0 ± 0.0 |  |" in written
     assert "| DMSA, last epoch | 50.0 ± 0.0 | 50.0 ± 0.0 |  |" in written
+    assert "| DMSA, mean over epochs | 40.0 ± 0.0 | 50.0 ± 0.0 |  |" in written
+    assert f"| {DMSA} | +30.00 ± 0.00 (2 of 2) |" in written
     with (tmp_path / "results/shapes_scores.csv").open() as stream:
         scores = list(csv.DictReader(stream))
-    assert len(scores) == 2 * 7
+    assert len(scores) == 2 * 10
     assert [row["miou"] for row in scores if row["method"] == "clusters"] == ["10.000", "14.000"]
 
 
