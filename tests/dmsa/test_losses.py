@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dmsa import losses
 from dmsa.config import LossConfig
 from dmsa.labels.fuse import fuse, negative_label, normalize_cam
 from dmsa.models.schedule import negative_weight
+from dmsa.training import losses
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "transfgu_losses.npz"
 
