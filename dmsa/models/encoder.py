@@ -348,7 +348,7 @@ def load_weights(encoder: Encoder, path: str | Path, name: str = "the encoder") 
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: {_where_to_get(name)}")
     expected = encoder.vit.state_dict()
-    state = _strip(_read(path), expected)
+    state = _strip(read_state(path), expected)
     if "pos_embed" in state and "pos_embed" in expected:
         state["pos_embed"] = _resample_positions(encoder.vit, state["pos_embed"], expected["pos_embed"])
     differing = [f"missing {key}" for key in expected if key not in state]
@@ -366,7 +366,12 @@ def load_weights(encoder: Encoder, path: str | Path, name: str = "the encoder") 
     encoder.vit.load_state_dict(state)
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def read_state(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint file by name; nothing in the file is executed.
+
+    Raises:
+        ValueError: it is not a checkpoint of plain tensors.
+    """
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file

@@ -10,14 +10,19 @@ from typing import Literal
 class PretrainConfig:
     """Make a backbone for people without DINO weights."""
 
-    recipe: Literal["formula", "dino"] = "formula"
-    """Procedural categories with free labels, or self-distillation on a folder of unlabelled images."""
+    recipe: Literal["formula", "dino", "distil"] = "formula"
+    """Procedural categories with free labels; or, on a folder of unlabelled images, self-distillation or the
+    distillation of a network that is there already."""
     out: str = "runs/pretrain"
     """Run folder: checkpoint, metrics, encoder.safetensors, report.json. The same command again resumes."""
     encoder: str = "shapes_vit_tiny"
     """Any timm ViT by name, or `shapes_vit_tiny`."""
     images: str | None = None
-    """Folder of images, searched recursively (recipe `dino`)."""
+    """Folder of images, searched recursively (recipes `dino` and `distil`)."""
+    teacher: str | None = None
+    """Any timm network by name (recipe `distil`)."""
+    teacher_weights: str | None = None
+    """Local file of its weights; timm's hub if unset."""
     size: int = 48
     """Side of the training pictures (or of the large crops) in pixels, a multiple of the patch size."""
     steps: int = 8000

@@ -67,14 +67,16 @@ class ProjectionHead(nn.Module):
         return F.linear(F.normalize(self.mlp(x), dim=-1), F.normalize(self.prototypes, dim=-1))
 
 
-def find_images(folder: str | None) -> list[Path]:
-    """All image files below ``folder``, sorted.
+def find_images(folder: str | None, recipe: str = "dino") -> list[Path]:
+    """All image files below ``folder``, sorted; `recipe` is who asks, for the message.
 
     Raises:
         FileNotFoundError: No folder given, it is not there, or it holds fewer than two images.
     """
     if folder is None or not Path(folder).is_dir():
-        raise FileNotFoundError(f"images={folder!r}: the recipe 'dino' needs a folder of images (jpg, png, tif, ...)")
+        raise FileNotFoundError(
+            f"images={folder!r}: the recipe {recipe!r} needs a folder of images (jpg, png, tif, ...)"
+        )
     listing = list_files(folder, IMAGE_SUFFIXES)
     if len(listing.files) < MIN_IMAGES:
         found = "; ".join([f"images={folder!r} holds {len(listing.files)} images", *listing.notes()])

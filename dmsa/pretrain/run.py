@@ -14,7 +14,7 @@ from torch import nn
 from dmsa.files import write_atomically
 from dmsa.models.encoder import check_architecture
 from dmsa.models.shapes_vit import shapes_vit_tiny
-from dmsa.pretrain import dino, formula
+from dmsa.pretrain import dino, distil, formula
 from dmsa.pretrain.config import PretrainConfig
 from dmsa.pretrain.loop import run
 from dmsa.pretrain.quality import measure
@@ -63,7 +63,7 @@ def pretrain(config: PretrainConfig) -> dict[str, object]:
 
     Raises:
         ValueError: Settings that do not fit together, or a checkpoint of other settings.
-        FileNotFoundError: Recipe ``dino`` without a folder of images.
+        FileNotFoundError: Recipe ``dino`` or ``distil`` without a folder of images, or no weights of the teacher.
     """
     for name in ("steps", "batch", "size", "threads", "log_every"):
         if getattr(config, name) < 1:
@@ -73,7 +73,7 @@ def pretrain(config: PretrainConfig) -> dict[str, object]:
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     vit = build_backbone(config.encoder, config.size)
-    build = {"formula": formula.build, "dino": dino.build}[config.recipe]
+    build = {"formula": formula.build, "dino": dino.build, "distil": distil.build}[config.recipe]
     modules, loss_of_step, after_step = build(config, vit)
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Pre-training: the categories, both recipes, resuming, the stem, the quality report and the shipped weights."""
+"""Pre-training: the categories, the recipes, resuming, the stem, the quality report and the shipped weights."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
@@ -18,6 +19,7 @@ from dmsa.models.late_class import LateClassViT
 from dmsa.models.shapes_vit import WEIGHTS
 from dmsa.pretrain.config import PretrainConfig
 from dmsa.pretrain.dino import random_crop, sinkhorn
+from dmsa.pretrain.distil import StrongNetwork
 from dmsa.pretrain.formula import (
     ANGLE,
     LOBES,
@@ -371,9 +373,19 @@ def photos(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("recipe", ["formula", "dino"])
-def test_resume_is_bit_identical(recipe, photos, tmp_path):
-    common = {**TINY, "recipe": recipe, "steps": 6, "images": str(photos) if recipe == "dino" else None}
+@pytest.fixture(scope="module")
+def strong(tmp_path_factory):
+    """A network with random weights: name and file."""
+    torch.manual_seed(3)
+    path = tmp_path_factory.mktemp("strong") / "test_efficientnet.pth"
+    torch.save(timm.create_model("test_efficientnet", pretrained=False).state_dict(), path)
+    return {"teacher": "test_efficientnet", "teacher_weights": str(path)}
+
+
+@pytest.mark.parametrize("recipe", ["formula", "dino", "distil"])
+def test_resume_is_bit_identical(recipe, photos, strong, tmp_path):
+    common = {**TINY, "recipe": recipe, "steps": 6, "images": None if recipe == "formula" else str(photos)}
+    common |= strong if recipe == "distil" else {}
     common |= {"categories": 12, "prototypes": 8, "local_crops": 2}
     pretrain(PretrainConfig(**common, out=str(tmp_path / "whole")))
     first = PretrainConfig(**common, out=str(tmp_path / "parts"), stop_after=3)
@@ -403,6 +415,39 @@ def test_formula_learns_names(tmp_path, monkeypatch):
     assert np.mean(patches[-20:]) < 0.7 * np.mean(patches[:5])
 
 
+def test_distillation_learns_the_network(photos, strong, tmp_path):
+    config = PretrainConfig(
+        **{**TINY, **strong, "log_every": 1, "batch": 8},
+        recipe="distil",
+        images=str(photos),
+        steps=40,
+        out=str(tmp_path),
+    )
+    pretrain(config)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    for name in ("patch_cosine", "class_cosine"):
+        assert abs(lines[0][name]) < 0.3
+        assert np.mean([line[name] for line in lines[-5:]]) > lines[0][name] + 0.1
+
+
+@pytest.mark.parametrize(
+    ("name", "channels", "pooled"), [("test_resnet", 96, 96), ("test_vit", 64, 64), ("test_mambaout", 64, 256)]
+)
+def test_strong_network_of_any_layout(name, channels, pooled, tmp_path):
+    path = tmp_path / "weights.pth"
+    network = timm.create_model(name, pretrained=False).eval()
+    torch.save(network.state_dict(), path)
+    strong = StrongNetwork(name, str(path)).train()
+    images = torch.rand(2, 3, strong.size, strong.size)
+    features, whole = strong(images)
+    assert features.shape[:2] == (2, channels)
+    assert features.shape[2] == features.shape[3]
+    assert whole.shape == (2, pooled)
+    if name == "test_resnet":
+        torch.testing.assert_close(features.mean((2, 3)), whole)
+        torch.testing.assert_close(network.get_classifier()(whole), network((images - strong.mean) / strong.std))
+
+
 def test_any_timm_vit_and_the_saved_file_loads(tmp_path):
     from safetensors.torch import load_file
 
@@ -425,6 +470,26 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
     [
         (["--recipe", "dino"], "needs a folder of images"),
         (["--recipe", "dino", "--images", "{empty}"], "holds 0 images"),
+        (["--recipe", "distil"], "'distil' needs a folder of images"),
+        (["--recipe", "distil", "--images", "{photos}"], "needs a network of timm"),
+        (["--recipe", "distil", "--images", "{photos}", "--teacher", "resnet51"], "teacher='resnet51'"),
+        (
+            ["--recipe", "distil", "--images", "{photos}", "--teacher", "resnet18", "--teacher-weights", "no.pth"],
+            "'no.pth' does not exist",
+        ),
+        (
+            [
+                "--recipe",
+                "distil",
+                "--images",
+                "{photos}",
+                "--teacher",
+                "test_resnet",
+                "--teacher-weights",
+                "{weights}",
+            ],
+            "are not those of test_resnet",
+        ),
         (["--encoder", "resnet18"], "encoder='resnet18'"),
         (["--size", "30"], "multiple of the patch size"),
         (["--steps", "0"], "steps=0"),
@@ -432,8 +497,9 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
         (["--patch-weight", "-1"], "patch_weight=-1"),
     ],
 )
-def test_bad_arguments_are_named(arguments, message, tmp_path, capsys):
-    arguments = [a.replace("{empty}", str(tmp_path)) for a in arguments]
+def test_bad_arguments_are_named(arguments, message, photos, strong, tmp_path, capsys):
+    places = {"{empty}": str(tmp_path), "{photos}": str(photos), "{weights}": strong["teacher_weights"]}
+    arguments = [places.get(argument, argument) for argument in arguments]
     assert main([*arguments, "--out", str(tmp_path / "run"), "--report-pictures", "0"]) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
