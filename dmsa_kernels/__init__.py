@@ -3,7 +3,16 @@
 from dmsa_kernels._version import __version__
 from dmsa_kernels.aspp import DepthwiseASPP, multi_dilation_dwconv
 from dmsa_kernels.backend import why_not_triton
-from dmsa_kernels.refine import LCM, PAMR, PAR, Affinity, AffinitySpec, local_affinity, propagate
+from dmsa_kernels.refine import (
+    LCM,
+    PAMR,
+    PAR,
+    Affinity,
+    AffinitySpec,
+    LocalConsistencyModule,
+    local_affinity,
+    propagate,
+)
 from dmsa_kernels.refine.warmup import warmup
 
 __all__ = [
@@ -13,6 +22,7 @@ __all__ = [
     "Affinity",
     "AffinitySpec",
     "DepthwiseASPP",
+    "LocalConsistencyModule",
     "__version__",
     "local_affinity",
     "multi_dilation_dwconv",

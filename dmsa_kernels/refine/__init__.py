@@ -8,10 +8,20 @@ import sys
 from types import ModuleType
 
 from dmsa_kernels.refine.functional import Affinity, local_affinity, propagate, refine
-from dmsa_kernels.refine.modules import LCM, PAMR, PAR
+from dmsa_kernels.refine.modules import LCM, PAMR, PAR, LocalConsistencyModule
 from dmsa_kernels.refine.spec import AffinitySpec
 
-__all__ = ["LCM", "PAMR", "PAR", "Affinity", "AffinitySpec", "local_affinity", "propagate", "refine"]
+__all__ = [
+    "LCM",
+    "PAMR",
+    "PAR",
+    "Affinity",
+    "AffinitySpec",
+    "LocalConsistencyModule",
+    "local_affinity",
+    "propagate",
+    "refine",
+]
 
 
 class _CallablePackage(ModuleType):

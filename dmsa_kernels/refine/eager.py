@@ -324,31 +324,42 @@ def _neighbour_indices(height: int, width: int, dilations: list[int]) -> Tensor:
     return (rows.unsqueeze(1) + columns.clamp_(0, width - 1)).flatten(0, 1)
 
 
-def _propagate_gathered(weights: Tensor, masks: Tensor, indices: Tensor, num_iter: int) -> Tensor:
-    """One image: weights [P, H, W], masks [C, H, W], indices [H * W, P] -> [C, H, W] (strided)."""
+def _propagate_gathered(
+    weights: Tensor, masks: Tensor, indices: Tensor, num_iter: int, anchor: Tensor | None
+) -> Tensor:
+    """One image: weights [P, H, W], masks [C, H, W], indices [H * W, P], anchor [1, H, W] -> [C, H, W] (strided)."""
     height, width = masks.shape[1:]
     per_pixel = weights.float().flatten(1).t().contiguous()  # [H * W, P]
-    table = masks.float().flatten(1).t().contiguous()  # [H * W, C]
+    first = table = masks.float().flatten(1).t().contiguous()  # [H * W, C]
+    hold = None if anchor is None else anchor.float().flatten(1).t()  # [H * W, 1]
     for _ in range(num_iter):
         table = F.embedding_bag(indices, table, per_sample_weights=per_pixel, mode="sum")
+        if hold is not None:
+            table.lerp_(first, hold)
     return table.t().unflatten(1, (height, width))
 
 
-def _propagate_padded(weights: Tensor, masks: Tensor, dilations: list[int], num_iter: int, out: Tensor) -> None:
+def _propagate_padded(
+    weights: Tensor, masks: Tensor, dilations: list[int], num_iter: int, anchor: Tensor | None, out: Tensor
+) -> None:
     """weights [b, P, H, W], masks and out [b, C, H, W]; as many planes at a time as the caches hold."""
     batch, classes, height, width = masks.shape
     dtype = _compute_dtype(weights, masks)
     taps = weights.to(dtype).unsqueeze(2).unbind(1)  # P times [b, 1, H, W]
+    hold = None if anchor is None else anchor.to(dtype)  # [b, 1, H, W]
     planes = max(1, _sweep_elements(masks.device) * 2 // (batch * height * width))
     for first in range(0, classes, planes):
         chunk = slice(first, min(classes, first + planes))
         shape = (batch, chunk.stop - chunk.start, height, width)
         source = _Padded(shape, dilations, dtype, masks.device)
         target = _Padded(shape, dilations, dtype, masks.device)
-        source.inner.copy_(masks[:, chunk])
+        start = masks[:, chunk].to(dtype)
+        source.inner.copy_(start)
         for _ in range(num_iter):
             source.fill()
             _step(source, taps, target.inner)
+            if hold is not None:
+                target.inner.lerp_(start, hold)
             source, target = target, source
         out[:, chunk] = source.inner
 
@@ -361,18 +372,27 @@ def _step(source: _Padded, taps: Sequence[Tensor], out: Tensor) -> None:
 
 
 def propagate(
-    weights: Tensor, masks: Tensor, dilations: list[int], num_iter: int, valid_classes: Tensor | None
+    weights: Tensor,
+    masks: Tensor,
+    dilations: list[int],
+    num_iter: int,
+    valid_classes: Tensor | None,
+    anchor: Tensor | None = None,
 ) -> Tensor:
-    """``num_iter`` times ``masks(q) <- sum_p weights_p(q) * masks(q + o_p)``; masks and result [B, C, H, W]."""
+    """``num_iter`` times ``masks(q) <- sum_p weights_p(q) * masks(q + o_p)``; masks and result [B, C, H, W].
+
+    With an ``anchor`` [B, 1, H, W] every iteration keeps that share of the first masks.
+    """
     if valid_classes is not None and masks.device.type != "cpu":
         # Counting the valid planes would stop the device; they are computed on zeros instead.
         keep = valid_classes[:, :, None, None]
-        out = propagate(weights, masks.where(keep, 0.0), dilations, num_iter, None)
+        out = propagate(weights, masks.where(keep, 0.0), dilations, num_iter, None, anchor)
         return torch.empty_like(masks).copy_(out.where(keep, 0.0))
     out = torch.empty_like(masks)
     indices = None
     for chunk in _image_chunks(masks):
         planes, result = masks[chunk], out[chunk]
+        hold = None if anchor is None else anchor[chunk]
         if valid_classes is not None:
             chosen = valid_classes[chunk][0]
             result.zero_()
@@ -383,19 +403,29 @@ def propagate(
         if _gathers(weights, planes.shape[1]) and masks.dtype != torch.float64:
             if indices is None:
                 indices = _neighbour_indices(masks.shape[2], masks.shape[3], dilations)
-            result[0] = _propagate_gathered(weights[chunk][0], planes[0], indices, num_iter)
+            share = None if hold is None else hold[0]
+            result[0] = _propagate_gathered(weights[chunk][0], planes[0], indices, num_iter, share)
         else:
-            _propagate_padded(weights[chunk], planes, dilations, num_iter, result)
+            _propagate_padded(weights[chunk], planes, dilations, num_iter, hold, result)
         if valid_classes is not None:
             out[chunk][:, chosen] = result
     return out
 
 
 def propagate_labels(
-    weights: Tensor, masks: Tensor, dilations: list[int], num_iter: int, valid_classes: Tensor | None
+    weights: Tensor,
+    masks: Tensor,
+    dilations: list[int],
+    num_iter: int,
+    valid_classes: Tensor | None,
+    anchor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The class of the largest propagated value among the valid classes and that value, both [B, H, W]."""
-    return largest(propagate(weights, masks, dilations, num_iter, valid_classes), valid_classes)
+    """The class of the largest propagated value among the valid classes and that value, both [B, H, W].
+
+    16-bit masks are widened first, so that no two classes are equal by rounding alone.
+    """
+    wide = masks.to(_compute_dtype(masks))
+    return largest(propagate(weights, wide, dilations, num_iter, valid_classes, anchor), valid_classes)
 
 
 def propagate_backward(
@@ -408,38 +438,56 @@ def propagate_backward(
     *,
     need_weights: bool,
     need_masks: bool,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of the weights [B, P, H, W] and of the masks [B, C, H, W]; empty if not needed.
+    anchor: Tensor | None = None,
+    need_anchor: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the weights [B, P, H, W], the masks [B, C, H, W] and the anchor [B, 1, H, W]; empty if not needed.
 
     Masks: the transposed step, a scatter into the padded planes, ``num_iter`` times. Weights: the planes of all
-    iterations are computed again, one class at a time, and ``grad_w_p += grad_t * neighbour_p(masks_t)``.
+    iterations are computed again, one class at a time, and ``grad_w_p += grad_t * neighbour_p(masks_t)``. With an
+    anchor a, ``grad_t`` is scaled by ``1 - a`` in both, the masks receive ``a * total`` as well, where ``total`` is the
+    sum of the unscaled ``grad_t``, and the anchor ``sum_c total * masks - sum_p w_p grad_w_p / (1 - a)``: the averages
+    that it is compared with need not be kept.
     """
     dtype = _compute_dtype(weights, masks)
     if valid_classes is not None:
         keep = valid_classes[:, :, None, None]
         grad, masks = grad.where(keep, 0.0), masks.where(keep, 0.0)
+    need_anchor = need_anchor and anchor is not None
+    asked_weights, need_weights = need_weights, need_weights or need_anchor
     grad_weights = torch.zeros(weights.shape if need_weights else 0, dtype=dtype, device=weights.device)
+    grad_anchor = masks.new_zeros((len(masks), 1, *masks.shape[2:]) if need_anchor else 0, dtype=dtype)
     grad_masks = torch.empty_like(masks) if need_masks else masks.new_empty(0)
     batch, classes, height, width = masks.shape
     for chunk in _image_chunks(masks):
         taps = weights[chunk].to(dtype).unsqueeze(2).unbind(1)
+        hold = None if anchor is None else anchor[chunk].to(dtype)
         rows = _image_count(chunk, batch) * height * width
         planes = 1 if need_weights else max(1, _sweep_elements(masks.device) * 2 // rows)
         for first in range(0, classes, planes):
             these = slice(first, min(classes, first + planes))
-            history = _history(masks[chunk, these], taps, dilations, num_iter, dtype) if need_weights else []
+            history = _history(masks[chunk, these], taps, dilations, num_iter, hold, dtype) if need_weights else []
             upstream = grad[chunk, these].to(dtype)
+            total = torch.zeros_like(upstream) if hold is not None else upstream
             for t in reversed(range(num_iter)):
+                if hold is not None:
+                    total.add_(upstream)
+                    upstream = upstream * (1 - hold)
                 if need_weights:
                     for p, neighbour in enumerate(history[t].views):
                         grad_weights[chunk, p : p + 1].addcmul_(upstream, neighbour)
                 if need_masks or t > 0:
                     upstream = _transposed_step(upstream, taps, dilations)
             if need_masks:
-                grad_masks[chunk, these] = upstream
+                grad_masks[chunk, these] = upstream if hold is None else upstream.addcmul(total, hold)
+            if need_anchor:
+                grad_anchor[chunk] += (total * masks[chunk, these]).sum(1, keepdim=True)
     if need_masks and valid_classes is not None:
         grad_masks = torch.empty_like(masks).copy_(grad_masks.where(keep, 0.0))
-    return grad_weights.to(weights.dtype), grad_masks
+    if anchor is not None and need_anchor:
+        grad_anchor -= (weights * grad_weights).sum(1, keepdim=True) / (1 - anchor.to(dtype))
+        grad_anchor = grad_anchor.to(anchor.dtype)
+    return grad_weights.to(weights.dtype) if asked_weights else weights.new_empty(0), grad_masks, grad_anchor
 
 
 def _image_count(chunk: slice, batch: int) -> int:
@@ -447,7 +495,12 @@ def _image_count(chunk: slice, batch: int) -> int:
 
 
 def _history(
-    masks: Tensor, taps: Sequence[Tensor], dilations: list[int], num_iter: int, dtype: torch.dtype
+    masks: Tensor,
+    taps: Sequence[Tensor],
+    dilations: list[int],
+    num_iter: int,
+    hold: Tensor | None,
+    dtype: torch.dtype,
 ) -> list[_Padded]:
     """The filled planes before each iteration; masks [b, c, H, W]."""
     planes = [_Padded(tuple(masks.shape), dilations, dtype, masks.device) for _ in range(num_iter)]
@@ -456,6 +509,8 @@ def _history(
             source.inner.copy_(masks)
         else:
             _step(planes[t - 1], taps, source.inner)
+            if hold is not None:
+                source.inner.lerp_(planes[0].inner, hold)
         source.fill()
     return planes
 

@@ -1,17 +1,24 @@
-"""Drop-in modules: the names, positional order, attributes and state-dict keys of the public code they replace."""
+"""Drop-in modules: the names, positional order, attributes and state-dict keys of the public code they replace.
+
+What can be set or called there works here, or raises with what to do instead; nothing is ignored without a word.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dmsa_kernels.refine import spec as presets
-from dmsa_kernels.refine.functional import check_options, refine
-from dmsa_kernels.refine.spec import NEIGHBOUR_OFFSETS, AffinitySpec
+from dmsa_kernels.refine.checks import check_dilations, check_options
+from dmsa_kernels.refine.functional import refine
+from dmsa_kernels.refine.reference import neighbour
+from dmsa_kernels.refine.spec import NEIGHBOUR_OFFSETS, AffinitySpec, fitted_preset, offsets, resolve_spec
 
 
 def _shift_kernel(*, centre: float = 0.0, neighbour: float = 1.0, keep_centre_tap: bool = False) -> Tensor:
@@ -26,57 +33,117 @@ def _shift_kernel(*, centre: float = 0.0, neighbour: float = 1.0, keep_centre_ta
     return kernel
 
 
-class _Kernel(nn.Module):
-    """Holds a buffer named ``kernel``; nothing computes with it, old checkpoints have it."""
+def _overrides(module: nn.Module, owner: type, name: str) -> bool:
+    """Whether a method that ``owner`` defines is overridden in a subclass or replaced on the instance."""
+    return getattr(type(module), name) is not getattr(owner, name) or name in vars(module)
 
-    def __init__(self, kernel: Tensor):
-        super().__init__()
-        self.register_buffer("kernel", kernel)
+
+class _Kernel(nn.Module):
+    """Has a buffer named ``kernel``: nothing computes with it, old checkpoints have it."""
+
+    kernel: Tensor
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
+        name = f"{prefix}kernel"
+        given = state_dict.get(name)
+        if isinstance(given, Tensor) and not torch.equal(given.to(self.kernel), self.kernel):
+            errors.append(f"{name} holds other filters than the shifts to the eight neighbours, the only ones here")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
 
 class _Refinement(nn.Module):
-    """Dilations, iterations and the options of :func:`refine`, shared by the drop-ins."""
+    """Dilations, iterations and the options of :func:`refine`, shared by the drop-ins.
+
+    Options:
+        spec: other constants than the module's own, a preset's name or an :class:`AffinitySpec`.
+        resize: ``"masks"``, ``"image"`` or ``"none"``; see :func:`dmsa_kernels.refine`.
+        stride: pixels of the cells that the masks are averages over; see :func:`dmsa_kernels.refine`.
+        anchor: share of the first masks that every iteration keeps, in [0, 1).
+        precision: ``"exact"`` or ``"fast"``.
+        backend: ``"auto"``, ``"triton"``, ``"eager"`` or ``"reference"``.
+
+    All of them are attributes that may be set at any time. Masks of 16 bits give a float32 result, as they do in the
+    code that is replaced, so that no label comes from rounded scores.
+    """
 
     def __init__(
-        self, dilations: Sequence[int], num_iter: int, *, spec: AffinitySpec, resize: str, precision: str, backend: str
+        self,
+        dilations: Sequence[int],
+        num_iter: int,
+        *,
+        spec: AffinitySpec | str,
+        resize: str = "masks",
+        stride: float | Sequence[float] | None = None,
+        anchor: float = 0.0,
+        precision: str = "exact",
+        backend: str = "auto",
     ):
         super().__init__()
-        checked, _ = check_options(dilations, num_iter, resize=resize, precision=precision, backend=backend)
+        checked, *_ = check_options(
+            dilations, num_iter, resize=resize, precision=precision, backend=backend, stride=stride, anchor=anchor
+        )
         # a list stays the caller's, as in the code that is replaced; an iterator could be read only once
-        self.dilations = dilations if isinstance(dilations, (list, tuple)) else checked
+        self.dilations: Sequence[int] = dilations if isinstance(dilations, (list, tuple)) else checked
         self.num_iter = num_iter
         self.resize = resize
+        self.stride = stride
+        self.anchor = anchor
         self.precision = precision
         self.backend = backend
-        self._spec = spec
+        self._spec = resolve_spec(spec)
 
     @property
     def spec(self) -> AffinitySpec:
         """The constants used by the next call."""
         return self._spec
 
-    def forward(
-        self, imgs: Tensor, masks: Tensor, *, valid_classes: Tensor | None = None, return_labels: bool = False
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Refine masks ``[B, C, h, w]`` along imgs ``[B, K, H, W]``; see :func:`dmsa_kernels.refine`."""
+    def _refine(self, image: Tensor, masks: Tensor, anchor: float | Tensor | None, **options: Any) -> Any:
+        if isinstance(masks, Tensor) and masks.is_floating_point() and masks.dtype != torch.float64:
+            masks = masks.float()
         return refine(
-            imgs,
+            image,
             masks,
             self.dilations,
             self.num_iter,
             spec=self.spec,
             resize=self.resize,
-            valid_classes=valid_classes,
-            return_labels=return_labels,
+            stride=self.stride,
+            anchor=self.anchor if anchor is None else anchor,
             precision=self.precision,
             backend=self.backend,
+            **options,
         )
 
     def extra_repr(self) -> str:
-        return f"dilations={list(self.dilations)}, num_iter={self.num_iter}, resize={self.resize!r}"
+        shown = f"dilations={list(self.dilations)}, num_iter={self.num_iter}, resize={self.resize!r}"
+        if self.stride is not None:
+            shown += f", stride={self.stride}"
+        if isinstance(self.anchor, Tensor) or self.anchor != 0:
+            shown += f", anchor={self.anchor}"
+        return shown
 
 
-class PAR(_Refinement):
+class _WithNeighbours(_Kernel, _Refinement):
+    """What PAR and the local consistency module share: the buffer and the gathering of neighbours."""
+
+    def __init__(self, dilations: Sequence[int], num_iter: int, **options: Any):
+        super().__init__(dilations, num_iter, **options)
+        self.register_buffer("kernel", _shift_kernel())
+
+    def get_dilated_neighbors(self, x: Tensor) -> Tensor:
+        """The P neighbours ``[B, C, P, H, W]`` of every pixel of x ``[B, C, H, W]``, which no refinement here needs."""
+        return torch.stack([neighbour(x, dy, dx) for dy, dx in offsets(list(self.dilations))], 2)
+
+    def _refine(self, image: Tensor, masks: Tensor, anchor: float | Tensor | None, **options: Any) -> Any:
+        if _overrides(self, _WithNeighbours, "get_dilated_neighbors"):
+            raise TypeError(
+                f"{type(self).__name__} overrides get_dilated_neighbors, which the fused refinement does not call:"
+                " override forward as well, or keep the pasted module for other neighbourhoods"
+            )
+        return super()._refine(image, masks, anchor, **options)
+
+
+class PAR(_WithNeighbours):
     """Pixel-Adaptive Refinement, a drop-in for the ``PAR`` of AFA (rulixiang/afa ``wetr/PAR.py``).
 
     AFA, ToCo, DuPL, SeCo, MoRe (masks are resized to the image)::
@@ -91,45 +158,180 @@ class PAR(_Refinement):
         from dmsa_kernels import PAR                 # after
         par = PAR(num_iter=20, dilations=[1, 2, 4, 8, 12, 24], resize="image")
 
+    Masks of a patch network, with settings fitted for cells of that size: ``PAR.for_stride(16)``.
+
     Args:
         dilations: positive integers in pixels.
         num_iter: iterations.
-        resize: ``"masks"``, ``"image"`` or ``"none"``; see :func:`dmsa_kernels.refine`.
-        precision: ``"exact"`` or ``"fast"``.
-        backend: ``"auto"``, ``"triton"``, ``"eager"`` or ``"reference"``.
+        eps: added to the standard deviation before the factor ``w1``, > 0; 1e-8, in ClusterCAM 1e-5.
+        options: ``spec``, ``resize``, ``stride``, ``anchor``, ``precision``, ``backend``; those of
+            :func:`dmsa_kernels.refine`. A ``spec`` sets ``w1``, ``w2`` and ``eps``.
 
     Attributes:
-        w1: factor on the standard deviation (0.3); setting it takes effect.
-        w2: weight of the distance term (0.01); setting it takes effect.
+        w1: factor on the standard deviation (0.3); a number, or a tensor of one that needs no gradient.
+        w2: weight of the distance term (0.01); likewise.
+        eps: see above.
         dim: dimension of the neighbours in upstream's tensors, always 2.
-        pos: distances of the neighbours in pixels, ``[1, 1, P, 1, 1]``.
+        pos: distances of the neighbours, ``[1, 1, P, 1, 1]``, in pixels unless set to something else.
     """
 
     dim = 2
 
-    def __init__(
-        self,
-        dilations: Sequence[int],
-        num_iter: int,
-        *,
-        resize: str = "masks",
-        precision: str = "exact",
-        backend: str = "auto",
-    ):
-        super().__init__(dilations, num_iter, spec=presets.PAR, resize=resize, precision=precision, backend=backend)
-        self.register_buffer("kernel", _shift_kernel())
-        self.w1 = presets.PAR.alpha
-        self.w2 = presets.PAR.position_weight
+    def __init__(self, dilations: Sequence[int], num_iter: int, *, eps: float | None = None, **options: Any):
+        constants = resolve_spec(options.pop("spec", presets.PAR))
+        super().__init__(dilations, num_iter, spec=constants, **options)
+        self.w1: Any = constants.alpha
+        self.w2: Any = constants.position_weight
+        self.eps: Any = (1e-8 if constants is presets.PAR else constants.eps / constants.alpha) if eps is None else eps
+        self._pos: Tensor | None = None
+        _ = self.spec  # an eps out of range is told now
 
-    @property
-    def pos(self) -> Tensor:
-        distances = [math.hypot(dy, dx) for dy, dx in presets.offsets(list(self.dilations))]
-        return torch.tensor(distances).view(1, 1, -1, 1, 1)
+    @classmethod
+    def for_stride(cls, stride: float, **options: Any) -> PAR:
+        """Return a module fitted for masks that are averages over cells of ``stride`` x ``stride`` pixels, 4 to 64.
+
+        Args:
+            stride: side of a cell in pixels, such as the patch size of a ViT.
+            options: ``precision``, ``backend``, or another ``anchor``.
+        """
+        preset = fitted_preset(stride)
+        settings = {"spec": preset.spec, "anchor": preset.anchor, "stride": stride, **options}
+        return cls(list(preset.dilations), preset.num_iter, **settings)
 
     @property
     def spec(self) -> AffinitySpec:
-        """The constants used by the next call: upstream divides by ``(sigma + 1e-8) * w1``."""
-        return dataclasses.replace(self._spec, alpha=self.w1, eps=self.w1 * 1e-8, position_weight=self.w2)
+        """The constants used by the next call: upstream divides by ``(sigma + eps) * w1``."""
+        w1, w2, eps = (presets.number(name, getattr(self, name)) for name in ("w1", "w2", "eps"))
+        if not eps > 0:
+            raise ValueError(f"{eps=} must be positive: flat regions divide by it")
+        return dataclasses.replace(self._spec, alpha=w1, eps=w1 * eps, position_weight=w2)
+
+    def get_pos(self) -> Tensor:
+        """The distances of the P neighbours in pixels, ``[1, 1, P, 1, 1]``."""
+        return torch.tensor([math.hypot(dy, dx) for dy, dx in offsets(list(self.dilations))]).view(1, 1, -1, 1, 1)
+
+    @property
+    def pos(self) -> Tensor:
+        return self.get_pos() if self._pos is None else self._pos
+
+    @pos.setter
+    def pos(self, value: Tensor) -> None:
+        self._pos = value
+
+    def _check_pos(self) -> None:
+        if self._pos is None and not _overrides(self, PAR, "get_pos"):
+            return
+        given, own = self.pos.detach().cpu().flatten(), PAR.get_pos(self).flatten()
+        if given.shape != own.shape or not torch.allclose(given.to(own), own):
+            raise ValueError(
+                f"pos={given.tolist()} are not the distances of dilations={list(self.dilations)}, the ones built in."
+                " For others add your term to local_affinity(image, dilations, spec=AffinitySpec(position_weight=0.0))"
+                ".weights and call propagate(Affinity(weights, dilations), masks, num_iter)"
+            )
+
+    def forward(
+        self,
+        imgs: Tensor,
+        masks: Tensor,
+        *,
+        anchor: float | Tensor | None = None,
+        valid_classes: Tensor | None = None,
+        return_labels: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Refine masks ``[B, C, h, w]`` along imgs ``[B, K, H, W]``; see :func:`dmsa_kernels.refine`.
+
+        ``anchor`` is this call's instead of the module's.
+        """
+        self._check_pos()
+        return self._refine(imgs, masks, anchor, valid_classes=valid_classes, return_labels=return_labels)
+
+
+class LocalConsistencyModule(_WithNeighbours):
+    """Local consistency module of Box2Mask (LiWentomng/BoxInstSeg ``levelset_loss.py``): PAR without the distance term.
+
+    On maps of equal size, and differentiable through the masks::
+
+        lcm = LocalConsistencyModule(num_iter=10, dilations=[2])
+        loss = (lcm(imgs, pred_phis) - pred_phis).abs().sum()
+
+    Args:
+        dilations: positive integers in pixels.
+        num_iter: iterations.
+        options: ``spec``, ``resize`` (here ``"none"``), ``stride``, ``anchor``, ``precision``, ``backend``; those of
+            :func:`dmsa_kernels.refine`. A ``spec`` sets ``alpha``.
+
+    Attributes:
+        alpha: factor on the standard deviation (0.3); a number, or a tensor of one that needs no gradient.
+    """
+
+    def __init__(self, dilations: Sequence[int], num_iter: int, **options: Any):
+        constants = resolve_spec(options.pop("spec", presets.LCM))
+        super().__init__(dilations, num_iter, spec=constants, **{"resize": "none", **options})
+        self.alpha: Any = constants.alpha
+        self._eps = 1e-8 if constants is presets.LCM else constants.eps / constants.alpha
+
+    @property
+    def spec(self) -> AffinitySpec:
+        """The constants used by the next call: upstream divides by ``(sigma + 1e-8) * alpha``."""
+        alpha = presets.number("alpha", self.alpha)
+        return dataclasses.replace(self._spec, alpha=alpha, eps=alpha * self._eps)
+
+    def get_kernel(self) -> Tensor:
+        """The eight shifts, ``[8, 1, 3, 3]``."""
+        return _shift_kernel()
+
+    def forward(
+        self,
+        imgs: Tensor,
+        pred_phis: Tensor,
+        *,
+        anchor: float | Tensor | None = None,
+        valid_classes: Tensor | None = None,
+        return_labels: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Refine pred_phis ``[B, C, H, W]`` along imgs ``[B, K, H, W]``; options as those of :class:`PAR`."""
+        if _overrides(self, LocalConsistencyModule, "get_kernel"):
+            raise TypeError(f"{type(self).__name__} overrides get_kernel, which the fused refinement does not call")
+        return self._refine(imgs, pred_phis, anchor, valid_classes=valid_classes, return_labels=return_labels)
+
+
+LCM = LocalConsistencyModule
+"""The name of the preset. Box2Mask's function of the same name, the loss above, is its caller's."""
+
+
+class _LocalAffinity(_Kernel):
+    """A submodule of the replaced PAMR, computed without its convolution; x [B, K, H, W] -> [B, K, P, H, W]."""
+
+    def __init__(self, dilations: Sequence[int], kernel: Tensor):
+        super().__init__()
+        self.register_buffer("kernel", kernel)
+        self.dilations = dilations
+        self.weight_check = kernel.clone()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([neighbour(x, dy, dx) for dy, dx in offsets(list(self.dilations))], 2)
+
+
+class _LocalAffinityAbs(_LocalAffinity):
+    """Distances to the neighbours."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (super().forward(x) - x.unsqueeze(2)).abs()
+
+
+class _LocalStDev(_LocalAffinity):
+    """Standard deviation [B, K, 1, H, W], the centre counted once a dilation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        centres = x.unsqueeze(2).expand(-1, -1, len(self.dilations), -1, -1)
+        return torch.cat([super().forward(x), centres], 2).std(2, keepdim=True)
+
+
+class _Unstated(int):
+    """A default that a caller did not write down."""
+
+
+_ITERATIONS, _DILATIONS = _Unstated(1), (_Unstated(1),)
 
 
 class PAMR(_Refinement):
@@ -142,56 +344,64 @@ class PAMR(_Refinement):
         pamr = PAMR(num_iter=10, dilations=[8, 16]).to(device)
         masks = pamr(image, logits)
 
+    Copies of it have other defaults (10 iterations and dilations up to 24 in WILSON and sdov), so a default that is
+    taken is told by a warning: write both arguments down.
+
     Args:
-        num_iter: iterations.
-        dilations: positive integers in pixels.
-        resize: ``"masks"``, ``"image"`` or ``"none"``; see :func:`dmsa_kernels.refine`.
-        precision: ``"exact"`` or ``"fast"``.
-        backend: ``"auto"``, ``"triton"``, ``"eager"`` or ``"reference"``.
+        num_iter: iterations; 1, as in 1-stage-wseg.
+        dilations: positive integers in pixels; [1], as in 1-stage-wseg.
+        options: ``spec``, ``resize``, ``stride``, ``anchor``, ``precision``, ``backend``; those of
+            :func:`dmsa_kernels.refine`.
+
+    Attributes:
+        aff_x, aff_m, aff_std: absolute differences, copies and standard deviation of the neighbourhood as modules with
+            ``dilations`` and ``weight_check``; the refinement takes their dilations and computes without them.
     """
 
-    def __init__(
-        self,
-        num_iter: int = 1,
-        dilations: Sequence[int] = (1,),
-        *,
-        resize: str = "masks",
-        precision: str = "exact",
-        backend: str = "auto",
-    ):
-        super().__init__(dilations, num_iter, spec=presets.PAMR, resize=resize, precision=precision, backend=backend)
-        self.aff_x = _Kernel(_shift_kernel(centre=1.0, neighbour=-1.0))
-        self.aff_m = _Kernel(_shift_kernel())
-        self.aff_std = _Kernel(_shift_kernel(keep_centre_tap=True))
+    def __init__(self, num_iter: int = _ITERATIONS, dilations: Sequence[int] = _DILATIONS, **options: Any):
+        unstated = [f"num_iter={num_iter}"] if num_iter is _ITERATIONS else []
+        unstated += [f"dilations={list(map(int, dilations))}"] if dilations is _DILATIONS else []
+        if unstated:
+            warnings.warn(
+                f"PAMR() takes {' and '.join(unstated)}, the defaults of 1-stage-wseg; copies of the class have others"
+                " (WILSON, sdov: num_iter=10, dilations=[1, 2, 4, 8, 12, 24]). Write down what yours has",
+                stacklevel=2,
+            )
+        # a list stays the caller's, as in the base class, and the three share it
+        shared = [1] if dilations is _DILATIONS else dilations
+        shared = shared if isinstance(shared, (list, tuple)) else check_dilations(shared)
+        super().__init__(shared, 1 if num_iter is _ITERATIONS else num_iter, **{"spec": presets.PAMR, **options})
+        self.aff_x = _LocalAffinityAbs(shared, _shift_kernel(centre=1.0, neighbour=-1.0))
+        self.aff_m = _LocalAffinity(shared, _shift_kernel())
+        self.aff_std = _LocalStDev(shared, _shift_kernel(keep_centre_tap=True))
 
-    def forward(  # type: ignore[override]  # the replaced module's names of the two arguments
-        self, x: Tensor, mask: Tensor, *, valid_classes: Tensor | None = None, return_labels: bool = False
+    @property
+    def dilations(self) -> Sequence[int]:  # type: ignore[override]
+        """Those of ``aff_x``, ``aff_m`` and ``aff_std``, where upstream keeps them; setting them sets all three."""
+        x, m, std = (list(module.dilations) for module in (self.aff_x, self.aff_m, self.aff_std))
+        if not x == m == std:
+            raise ValueError(f"aff_x.dilations={x}, aff_m.dilations={m} and aff_std.dilations={std} must be the same")
+        return self.aff_x.dilations
+
+    @dilations.setter
+    def dilations(self, value: Sequence[int]) -> None:
+        for module in self.children():
+            module.dilations = value  # type: ignore[assignment]
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor,
+        *,
+        anchor: float | Tensor | None = None,
+        valid_classes: Tensor | None = None,
+        return_labels: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Refine mask ``[B, C, h, w]`` along the image x ``[B, K, H, W]``; see :func:`dmsa_kernels.refine`."""
-        return super().forward(x, mask, valid_classes=valid_classes, return_labels=return_labels)
-
-
-class LCM(_Refinement):
-    """Local consistency module of Box2Mask: PAR without the distance term, on maps of equal size.
-
-    Differentiable through the masks: ``loss = (masks - lcm(image, masks)).abs().sum()``.
-
-    Args:
-        dilations: positive integers in pixels.
-        num_iter: iterations.
-        resize: ``"none"``, ``"masks"`` or ``"image"``; see :func:`dmsa_kernels.refine`.
-        precision: ``"exact"`` or ``"fast"``.
-        backend: ``"auto"``, ``"triton"``, ``"eager"`` or ``"reference"``.
-    """
-
-    def __init__(
-        self,
-        dilations: Sequence[int],
-        num_iter: int,
-        *,
-        resize: str = "none",
-        precision: str = "exact",
-        backend: str = "auto",
-    ):
-        super().__init__(dilations, num_iter, spec=presets.LCM, resize=resize, precision=precision, backend=backend)
-        self.register_buffer("kernel", _shift_kernel())
+        """Refine mask ``[B, C, h, w]`` along the image x ``[B, K, H, W]``; options as those of :class:`PAR`."""
+        for name, own in (("aff_x", _LocalAffinityAbs), ("aff_m", _LocalAffinity), ("aff_std", _LocalStDev)):
+            module = getattr(self, name)
+            if type(module) is not own or "forward" in vars(module):
+                raise TypeError(
+                    f"{name} was replaced, but the fused refinement does not call it: override forward as well"
+                )
+        return self._refine(x, mask, anchor, valid_classes=valid_classes, return_labels=return_labels)

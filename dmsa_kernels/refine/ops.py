@@ -14,7 +14,7 @@ from torch import Tensor
 from dmsa_kernels.backend import resolve
 from dmsa_kernels.refine import eager, reference
 from dmsa_kernels.refine.labels import merge_larger
-from dmsa_kernels.refine.resize import resize_corners
+from dmsa_kernels.refine.resize import resize
 
 # Elements of the planes that exist at full resolution at a time while labels are computed (fp32: 256 MB).
 LABEL_ELEMENTS = 1 << 26
@@ -24,17 +24,17 @@ _library = torch.library.Library("dmsa_kernels", "FRAGMENT")
 _library.define(f"local_affinity(Tensor image, {_SPEC}, bool fast, str backend) -> Tensor")
 _library.define(f"local_affinity_backward(Tensor grad_weights, Tensor image, {_SPEC}, str backend) -> Tensor")
 _library.define(
-    "propagate(Tensor weights, Tensor masks, int[] dilations, int num_iter, Tensor? valid_classes, str backend)"
-    " -> Tensor"
+    "propagate(Tensor weights, Tensor masks, int[] dilations, int num_iter, Tensor? valid_classes, str backend,"
+    " Tensor? anchor=None) -> Tensor"
 )
 _library.define(
-    "propagate_labels(Tensor weights, Tensor masks, int[] dilations, int num_iter, Tensor? valid_classes, str backend)"
-    " -> (Tensor labels, Tensor values)"
+    "propagate_labels(Tensor weights, Tensor masks, int[] dilations, int num_iter, Tensor? valid_classes, str backend,"
+    " Tensor? anchor=None, float[]? stride=None) -> (Tensor labels, Tensor values)"
 )
 _library.define(
     "propagate_backward(Tensor grad, Tensor weights, Tensor masks, int[] dilations, int num_iter,"
-    " Tensor? valid_classes, bool need_weights, bool need_masks, str backend)"
-    " -> (Tensor grad_weights, Tensor grad_masks)"
+    " Tensor? valid_classes, bool need_weights, bool need_masks, str backend, Tensor? anchor=None,"
+    " bool need_anchor=False) -> (Tensor grad_weights, Tensor grad_masks, Tensor grad_anchor)"
 )
 
 
@@ -122,11 +122,25 @@ def _local_affinity_backward_fake(grad_weights: Tensor, image: Tensor, *spec: ob
 # --- the propagation
 
 
+def _check_anchor(anchor: Tensor | None) -> None:
+    """Only on the CPU: to look at a value on an accelerator would wait for it."""
+    if anchor is not None and anchor.device.type == "cpu" and not ((anchor >= 0) & (anchor < 1)).all():
+        low, high = anchor.min().item(), anchor.max().item()
+        raise ValueError(f"anchor must hold values in [0, 1) only, got {low:g} to {high:g}")
+
+
 def _propagate(
-    weights: Tensor, masks: Tensor, dilations: list[int], num_iter: int, valid_classes: Tensor | None, backend: str
+    weights: Tensor,
+    masks: Tensor,
+    dilations: list[int],
+    num_iter: int,
+    valid_classes: Tensor | None,
+    backend: str,
+    anchor: Tensor | None = None,
 ) -> Tensor:
+    _check_anchor(anchor)
     module = _implementation(backend, "propagate", weights, masks)
-    return module.propagate(weights, masks, dilations, num_iter, valid_classes)
+    return module.propagate(weights, masks, dilations, num_iter, valid_classes, anchor)
 
 
 def _propagate_fake(weights: Tensor, masks: Tensor, *arguments: object) -> Tensor:
@@ -134,17 +148,29 @@ def _propagate_fake(weights: Tensor, masks: Tensor, *arguments: object) -> Tenso
 
 
 def _propagate_setup(ctx, inputs, output) -> None:
-    weights, masks, ctx.dilations, ctx.num_iter, valid_classes, ctx.backend = inputs
-    ctx.save_for_backward(weights, masks, valid_classes)
+    weights, masks, ctx.dilations, ctx.num_iter, valid_classes, ctx.backend, anchor = inputs
+    ctx.save_for_backward(weights, masks, valid_classes, anchor)
 
 
 def _propagate_autograd(ctx, grad: Tensor):
-    weights, masks, valid_classes = ctx.saved_tensors
-    need_weights, need_masks, *_ = ctx.needs_input_grad
-    grad_weights, grad_masks = torch.ops.dmsa_kernels.propagate_backward(
-        grad, weights, masks, ctx.dilations, ctx.num_iter, valid_classes, need_weights, need_masks, ctx.backend
+    weights, masks, valid_classes, anchor = ctx.saved_tensors
+    need_weights, need_masks, *_, need_anchor = ctx.needs_input_grad
+    needs = (need_weights, need_masks, need_anchor)
+    grads = torch.ops.dmsa_kernels.propagate_backward(
+        grad,
+        weights,
+        masks,
+        ctx.dilations,
+        ctx.num_iter,
+        valid_classes,
+        need_weights,
+        need_masks,
+        ctx.backend,
+        anchor,
+        need_anchor,
     )
-    return grad_weights if need_weights else None, grad_masks if need_masks else None, None, None, None, None
+    grad_weights, grad_masks, grad_anchor = (g if need else None for g, need in zip(grads, needs, strict=True))
+    return grad_weights, grad_masks, None, None, None, None, grad_anchor
 
 
 def _propagate_backward(
@@ -157,7 +183,9 @@ def _propagate_backward(
     need_weights: bool,
     need_masks: bool,
     backend: str,
-) -> tuple[Tensor, Tensor]:
+    anchor: Tensor | None = None,
+    need_anchor: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
     return _implementation(backend, "backward", grad, weights, masks).propagate_backward(
         grad,
         weights,
@@ -167,6 +195,8 @@ def _propagate_backward(
         valid_classes,
         need_weights=need_weights,
         need_masks=need_masks,
+        anchor=anchor,
+        need_anchor=need_anchor,
     )
 
 
@@ -180,9 +210,14 @@ def _propagate_backward_fake(
     need_weights: bool,
     need_masks: bool,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    grad_weights = weights.new_empty(weights.shape if need_weights else 0)
-    return grad_weights, torch.empty_like(masks) if need_masks else masks.new_empty(0)
+    anchor: Tensor | None = None,
+    need_anchor: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        weights.new_empty(weights.shape if need_weights else 0),
+        torch.empty_like(masks) if need_masks else masks.new_empty(0),
+        masks.new_empty(0) if anchor is None or not need_anchor else anchor.new_empty(anchor.shape),
+    )
 
 
 def label_chunks(classes: int, batch: int, height: int, width: int) -> list[slice]:
@@ -193,16 +228,27 @@ def label_chunks(classes: int, batch: int, height: int, width: int) -> list[slic
 
 
 def _propagate_labels(
-    weights: Tensor, masks: Tensor, dilations: list[int], num_iter: int, valid_classes: Tensor | None, backend: str
+    weights: Tensor,
+    masks: Tensor,
+    dilations: list[int],
+    num_iter: int,
+    valid_classes: Tensor | None,
+    backend: str,
+    anchor: Tensor | None = None,
+    stride: list[float] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Masks may be smaller or larger than the affinity's map: each chunk of classes is resized when its turn comes."""
+    """Masks may be smaller or larger than the affinity's map: each chunk of classes is resized when its turn comes.
+
+    Values are compared in float32 or float64 and rounded to the masks' dtype at the end.
+    """
+    _check_anchor(anchor)
     module = _implementation(backend, "propagate", weights, masks)
     height, width = weights.shape[2:]
     best: tuple[Tensor, Tensor] | None = None
     for chunk in label_chunks(masks.shape[1], masks.shape[0], height, width):
-        planes = resize_corners(masks[:, chunk], (height, width))
+        planes = resize(masks[:, chunk], (height, width), stride)
         valid = None if valid_classes is None else valid_classes[:, chunk]
-        labels, values = module.propagate_labels(weights, planes, dilations, num_iter, valid)
+        labels, values = module.propagate_labels(weights, planes, dilations, num_iter, valid, anchor)
         labels = labels + chunk.start
         best = (labels, values) if best is None else merge_larger(*best, labels, values)
     assert best is not None  # there is always a chunk

@@ -12,7 +12,7 @@ from dmsa_kernels.refine.labels import largest
 from dmsa_kernels.refine.spec import offsets, position_vector, sigma_centre_count
 
 
-def _neighbour(x: Tensor, dy: int, dx: int) -> Tensor:
+def neighbour(x: Tensor, dy: int, dx: int) -> Tensor:
     """``x(q + (dy, dx))`` with both coordinates clamped to the map; x and result [..., H, W]."""
     height, width = x.shape[-2:]
     rows = (torch.arange(height, device=x.device) + dy).clamp(0, height - 1)
@@ -23,7 +23,7 @@ def _neighbour(x: Tensor, dy: int, dx: int) -> Tensor:
 def _affinity(
     image: Tensor, dilations: list[int], exponent: float, alpha: float, sigma: str, eps: float, position_weight: float
 ) -> Tensor:
-    neighbours = torch.stack([_neighbour(image, dy, dx) for dy, dx in offsets(dilations)], 1)  # [B, P, K, H, W]
+    neighbours = torch.stack([neighbour(image, dy, dx) for dy, dx in offsets(dilations)], 1)  # [B, P, K, H, W]
     centre = image.unsqueeze(1)  # [B, 1, K, H, W]
     if sigma == "none":
         scale = torch.ones_like(centre)
@@ -38,16 +38,22 @@ def _affinity(
 
 
 def _propagate(
-    weights: Tensor, masks: Tensor, dilations: list[int], num_iter: int, valid_classes: Tensor | None
+    weights: Tensor,
+    masks: Tensor,
+    dilations: list[int],
+    num_iter: int,
+    valid_classes: Tensor | None,
+    anchor: Tensor | None,
 ) -> Tensor:
     keep = None if valid_classes is None else valid_classes[:, :, None, None]
     if keep is not None:
         masks = masks.where(keep, 0.0)
+    first = masks
     for _ in range(num_iter):
         refined = torch.zeros_like(masks)
         for p, (dy, dx) in enumerate(offsets(dilations)):
-            refined = refined + weights[:, p : p + 1] * _neighbour(masks, dy, dx)
-        masks = refined
+            refined = refined + weights[:, p : p + 1] * neighbour(masks, dy, dx)
+        masks = refined if anchor is None else (1 - anchor) * refined + anchor * first
     return masks if keep is None else masks.where(keep, 0.0)
 
 
@@ -88,19 +94,32 @@ def local_affinity_backward(
 
 
 def propagate(
-    weights: Tensor, masks: Tensor, dilations: list[int], num_iter: int, valid_classes: Tensor | None
+    weights: Tensor,
+    masks: Tensor,
+    dilations: list[int],
+    num_iter: int,
+    valid_classes: Tensor | None,
+    anchor: Tensor | None = None,
 ) -> Tensor:
-    """``num_iter`` times ``masks(q) <- sum_p weights_p(q) * masks(q + o_p)``; masks and result [B, C, H, W]."""
+    """``num_iter`` times ``masks(q) <- sum_p weights_p(q) * masks(q + o_p)``; masks and result [B, C, H, W].
+
+    With an ``anchor`` [B, 1, H, W] every iteration keeps that share of the first masks.
+    """
+    hold = None if anchor is None else anchor.double()
     out = torch.empty_like(masks)
-    return out.copy_(_propagate(weights.double(), masks.double(), dilations, num_iter, valid_classes))
+    return out.copy_(_propagate(weights.double(), masks.double(), dilations, num_iter, valid_classes, hold))
 
 
 def propagate_labels(
-    weights: Tensor, masks: Tensor, dilations: list[int], num_iter: int, valid_classes: Tensor | None
+    weights: Tensor,
+    masks: Tensor,
+    dilations: list[int],
+    num_iter: int,
+    valid_classes: Tensor | None,
+    anchor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The class of the largest propagated value among the valid classes and that value, both [B, H, W]."""
-    refined = propagate(weights, masks, dilations, num_iter, valid_classes)
-    return largest(refined, valid_classes)
+    """The class of the largest propagated value among the valid classes and that value (float64), both [B, H, W]."""
+    return largest(propagate(weights, masks.double(), dilations, num_iter, valid_classes, anchor), valid_classes)
 
 
 def propagate_backward(
@@ -113,13 +132,18 @@ def propagate_backward(
     *,
     need_weights: bool,
     need_masks: bool,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of weights [B, P, H, W] and masks [B, C, H, W], by automatic differentiation; empty if not needed."""
+    anchor: Tensor | None = None,
+    need_anchor: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of weights, masks and anchor in their shapes, by automatic differentiation; empty if not needed."""
+    inputs = [x.double() for x in (weights, masks, anchor) if x is not None]
     pullback = torch.func.vjp(
-        lambda w, m: _propagate(w, m, dilations, num_iter, valid_classes), weights.double(), masks.double()
+        lambda w, m, a=None: _propagate(w, m, dilations, num_iter, valid_classes, a),
+        *inputs,
     )[1]
-    grad_weights, grad_masks = pullback(grad.double())
+    grad_weights, grad_masks, *grad_anchor = pullback(grad.double())
     return (
         grad_weights.to(weights.dtype) if need_weights else weights.new_empty(0),
         torch.empty_like(masks).copy_(grad_masks) if need_masks else masks.new_empty(0),
+        grad_anchor[0].to(anchor.dtype) if anchor is not None and need_anchor else masks.new_empty(0),
     )

@@ -3,11 +3,33 @@
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass
+from typing import Any
+
+import torch
 
 SIGMA_MODES = ("neighbours", "centred", "centre_once", "none")
 NEIGHBOUR_OFFSETS = ((-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1))
 """Offsets (dy, dx) of the eight neighbours in units of the dilation: row-major, the centre left out."""
+
+
+def number(name: str, value: Any) -> float:
+    """Return ``value``, a number of Python or numpy or a tensor of one element without a gradient, as Python's number.
+
+    Raises:
+        TypeError: anything else; the message names it.
+    """
+    if isinstance(value, torch.Tensor) and value.numel() == 1 and not value.dtype.is_complex:
+        if value.requires_grad and torch.is_grad_enabled():
+            raise TypeError(
+                f"{name} requires a gradient, but constants have none here: detach it, call under torch.no_grad(),"
+                " or keep the pasted module to learn it"
+            )
+        return float(value)
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}={value!r} must be a number, not {type(value).__name__}")
+    return value if isinstance(value, (int, float)) else float(value)
 
 
 @dataclass(frozen=True)
@@ -39,9 +61,7 @@ class AffinitySpec:
 
     def __post_init__(self) -> None:
         for name in ("exponent", "alpha", "eps", "position_weight"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{name}={value!r} must be a number, not {type(value).__name__}")
+            object.__setattr__(self, name, number(name, getattr(self, name)))
         if self.exponent not in (1, 2):
             raise ValueError(f"exponent={self.exponent!r} must be 1 (as PAMR) or 2 (as PAR)")
         if not (math.isfinite(self.alpha) and self.alpha > 0):
@@ -64,6 +84,41 @@ LCM = AffinitySpec(position_weight=0.0)
 """Local consistency module of Box2Mask: PAR without the distance term, differentiated through the masks."""
 
 PRESETS = {"par": PAR, "pamr": PAMR, "lcm": LCM}
+
+
+@dataclass(frozen=True)
+class FittedPreset:
+    """Settings of the refinement that were fitted for masks of one kind; :meth:`dmsa_kernels.PAR.for_stride` uses them.
+
+    Attributes:
+        dilations: in pixels.
+        num_iter: iterations T.
+        anchor: share of the first masks that every iteration keeps, in [0, 1).
+        spec: constants of the affinity.
+    """
+
+    dilations: tuple[int, ...]
+    num_iter: int
+    anchor: float = 0.0
+    spec: AffinitySpec = PAR
+
+
+FITTED = {
+    8: FittedPreset((1, 2, 4, 8), 10, anchor=0.2),
+    16: FittedPreset((1, 2, 4, 8), 10),
+}
+"""Presets by the side in pixels of the cells that the masks are averages over."""
+
+
+def fitted_preset(stride: float) -> FittedPreset:
+    """Return the preset of the side that differs from ``stride`` by the smallest factor.
+
+    Raises:
+        ValueError: ``stride`` is not a number from 4 to 64 pixels.
+    """
+    if isinstance(stride, bool) or not isinstance(stride, numbers.Real) or not 4 <= stride <= 64:
+        raise ValueError(f"{stride=} must be a number from 4 to 64 pixels; there is no fitted preset for others")
+    return FITTED[min(FITTED, key=lambda side: abs(math.log(side / stride)))]
 
 
 def resolve_spec(spec: AffinitySpec | str) -> AffinitySpec:
@@ -97,8 +152,10 @@ def position_vector(dilations: list[int], alpha: float, eps: float, position_wei
     distance = [math.hypot(dy, dx) for dy, dx in offsets(dilations)]
     mean = sum(distance) / len(distance)
     std = math.sqrt(sum((d - mean) ** 2 for d in distance) / (len(distance) - 1))
-    score = [-((d / (std * alpha + eps)) ** 2) for d in distance]
-    largest = max(score)
-    unnormalised = [math.exp(s - largest) for s in score]
+    scale, nearest = std * alpha + eps, min(distance)
+    # relative to the nearest neighbour's score, which a scale close to 0 would take out of range
+    unnormalised = [
+        math.exp(-(d - nearest) / scale * ((d + nearest) / scale)) if d > nearest else 1.0 for d in distance
+    ]
     total = sum(unnormalised)
     return [position_weight * value / total for value in unnormalised]

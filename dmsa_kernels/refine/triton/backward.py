@@ -359,27 +359,35 @@ def propagate_backward(
     *,
     need_weights: bool,
     need_masks: bool,
-) -> tuple[Tensor, Tensor]:
+    anchor: Tensor | None = None,
+    need_anchor: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the gradients of T iterations; arguments as in ``propagate.propagate``, and ``grad`` like the masks.
 
     The masks of all iterations are computed again, a few channels at a time: their planes and their gradients' planes
     take about as much memory as the weights.
 
     Returns:
-        ``grad_weights [B, P, H, W]`` in the weights' dtype and ``grad_masks [B, C, H, W]`` in the masks' dtype and
-        memory format; an empty tensor for one that is not needed.
+        ``grad_weights [B, P, H, W]`` in the weights' dtype, ``grad_masks [B, C, H, W]`` in the masks' dtype and memory
+        format and ``grad_anchor [B, 1, H, W]``, by the formulas of ``eager.propagate_backward``; an empty tensor for
+        one that is not needed.
     """
     dilations = tuple(int(d) for d in dilations)
     grad_masks = torch.empty_like(masks) if need_masks else masks.new_empty(0)
     if num_iter == 0 or masks.numel() == 0:
         if need_masks:
             grad_masks.copy_(propagate.without_invalid(grad, valid_classes))
-        return torch.zeros_like(weights) if need_weights else weights.new_empty(0), grad_masks
+        grad_anchor = torch.zeros_like(anchor) if anchor is not None and need_anchor else masks.new_empty(0)
+        return torch.zeros_like(weights) if need_weights else weights.new_empty(0), grad_masks, grad_anchor
     batch, channels, rows, columns = masks.shape
     neighbours = weights.shape[1]
     weights = weights.contiguous()
     valid_classes = propagate.flags(valid_classes)
     width = tuning.plane_width(channels, 4)
+    need_anchor = need_anchor and anchor is not None
+    asked_weights, need_weights = need_weights, need_weights or need_anchor
+    hold = None if anchor is None else anchor.unsqueeze(-1)  # [B, 1, H, W, 1], as the planes
+    grad_anchor = weights.new_zeros((batch, 1, rows, columns) if need_anchor else 0, dtype=torch.float32)
     sums = torch.empty(weights.shape if need_weights else 0, dtype=torch.float32, device=masks.device)
     planes_kept = 2 * num_iter if need_weights else 2
     chunk = width * max(1, neighbours // (planes_kept * width))
@@ -402,13 +410,27 @@ def propagate_backward(
                 propagate.copy(part, planes[0], valid, pack=True)
                 for t in range(num_iter - 1):
                     propagate.step(planes[t], weights, planes[t + 1], dilations, count, valid)
+                    if anchor is not None:
+                        propagate.keep_share(planes[t + 1], planes[0], anchor)
             current = grads[-1]
-            for t in range(num_iter - 1, -1 if need_masks else 0, -1):
+            total = None if hold is None else torch.zeros_like(current)
+            for t in range(num_iter - 1, -1, -1):
+                if hold is not None and total is not None:
+                    total += current
+                    current *= 1 - hold
+                if t == 0 and not need_masks:
+                    break
                 written = grads[t - 1] if need_weights and t > 0 else torch.empty_like(current)
                 transpose(current, weights, written, dilations, count, valid)
                 current = written
             if need_masks:
+                if hold is not None and total is not None:
+                    current.addcmul_(total, hold)
                 propagate.copy(grad_masks[here], current, valid, pack=False)
+            if need_anchor and total is not None:
+                products = total * planes[0]
+                lanes = torch.arange(width * shape[1], device=masks.device).view(shape[1], 1, 1, width) < count
+                grad_anchor += products.where(lanes, 0.0).sum((1, 4)).unsqueeze(1)
             if need_weights:
                 propagate_bwd_weights_kernel[(batch * len(dilations) * tiles,)](
                     masks_ptr=planes,
@@ -430,7 +452,9 @@ def propagate_backward(
                     num_warps=4,
                     **LAUNCH,
                 )
-    return sums.to(weights.dtype), grad_masks
+    if anchor is not None and need_anchor:
+        grad_anchor -= (weights * sums).sum(1, keepdim=True) / (1 - anchor)
+    return sums.to(weights.dtype) if asked_weights else weights.new_empty(0), grad_masks, grad_anchor
 
 
 def local_affinity_backward(

@@ -236,7 +236,7 @@ def propagate_labels_kernel(
     planes_ptr,  # [n, groups, H, W, BLOCK_C]: channels first_channel .. first_channel + channels
     valid_ptr,  # [n, channels] uint8, 0 or 1
     labels_ptr,  # [n, H, W] int64
-    values_ptr,  # [n, H, W], the masks' dtype
+    values_ptr,  # [n, H, W] fp32
     channels,
     groups,
     plane,
@@ -373,18 +373,31 @@ def iterate(
     width: int,
     dtype: torch.dtype,
     last: Tensor | None = None,
+    anchor: Tensor | None = None,
 ) -> Tensor:
     """Pack ``masks`` and launch ``num_iter`` iterations; the result's planes are ``last`` when that is given."""
-    planes = pack(masks, valid, width, dtype)
+    first = planes = pack(masks, valid, width, dtype)
     spare = None
     for t in range(num_iter):
         written = last if last is not None and t == num_iter - 1 else spare
         written = torch.empty_like(planes) if written is None else written
         step(planes, weights, written, dilations, masks.shape[1], valid)
-        # the caller's masks may be the first planes themselves: never write into them
-        spare = planes if planes.data_ptr() != masks.data_ptr() else None
+        if anchor is not None:
+            keep_share(written, first, anchor)
+        # the caller's masks may be the first planes themselves: never write into them, nor into kept first planes
+        keep = planes is first if anchor is not None else planes.data_ptr() == masks.data_ptr()
+        spare = None if keep else planes
         planes = written
     return planes
+
+
+def keep_share(planes: Tensor, first: Tensor, anchor: Tensor) -> None:
+    """Move planes ``[n, groups, H, W, width]`` by the share ``anchor [n, 1, H, W]`` towards the first ones."""
+    share = anchor.unsqueeze(-1)
+    if planes.dtype == torch.float32:
+        planes.lerp_(first, share)
+    else:
+        planes.copy_(torch.lerp(planes.float(), first.float(), share))
 
 
 def step(
@@ -458,7 +471,12 @@ def without_invalid(masks: Tensor, valid: Tensor | None) -> Tensor:
 
 
 def propagate(
-    weights: Tensor, masks: Tensor, dilations: Sequence[int], num_iter: int, valid_classes: Tensor | None
+    weights: Tensor,
+    masks: Tensor,
+    dilations: Sequence[int],
+    num_iter: int,
+    valid_classes: Tensor | None,
+    anchor: Tensor | None = None,
 ) -> Tensor:
     """Launch T propagation iterations; arguments as in ``dmsa_kernels.refine.functional.propagate``, validated.
 
@@ -468,6 +486,7 @@ def propagate(
         dilations: the dilations the weights were made with.
         num_iter: T, at least 0.
         valid_classes: ``[B, C]`` bool; the other planes are neither read nor averaged and come back zero.
+        anchor: ``[B, 1, H, W]`` float32, the share of the first masks that every iteration keeps, or None.
 
     Returns:
         ``[B, C, H, W]`` in the masks' dtype and memory format.
@@ -491,19 +510,25 @@ def propagate(
                 target = out[here]
                 direct = is_plane(target, valid, width, dtype)
                 last = target.unsqueeze(-1) if direct else None
-                planes = iterate(part, weights[here[0]], dilations, num_iter, valid, width, dtype, last)
+                share = None if anchor is None else anchor[here[0]]
+                planes = iterate(part, weights[here[0]], dilations, num_iter, valid, width, dtype, last, share)
                 if not direct:
                     copy(target, planes, valid, pack=False)
     return out
 
 
 def propagate_labels(
-    weights: Tensor, masks: Tensor, dilations: Sequence[int], num_iter: int, valid_classes: Tensor | None
+    weights: Tensor,
+    masks: Tensor,
+    dilations: Sequence[int],
+    num_iter: int,
+    valid_classes: Tensor | None,
+    anchor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Launch T iterations chunk by chunk and keep only the largest channel of every pixel; arguments as `propagate`.
 
     Returns:
-        ``labels [B, H, W]`` int64, the lowest valid channel among equals, and ``values [B, H, W]`` in the masks' dtype;
+        ``labels [B, H, W]`` int64, the lowest valid channel among equals, and ``values [B, H, W]`` float32;
         label 0 and minus infinity where an image has no valid channel.
     """
     dilations = tuple(int(d) for d in dilations)
@@ -511,7 +536,7 @@ def propagate_labels(
     valid_classes = flags(valid_classes)
     batch, channels, rows, columns = masks.shape
     labels = torch.empty((batch, rows, columns), dtype=torch.int64, device=masks.device)
-    values = torch.empty((batch, rows, columns), dtype=masks.dtype, device=masks.device)
+    values = torch.empty((batch, rows, columns), dtype=torch.float32, device=masks.device)
     if labels.numel() == 0:
         return labels, values
     # zero iterations compare the masks as they are, in a dtype that holds them exactly
@@ -525,7 +550,8 @@ def propagate_labels(
                 here = (slice(n, n + images), slice(c, c + chunk))
                 part = masks[here]
                 valid = None if valid_classes is None else valid_classes[here]
-                planes = iterate(part, weights[here[0]], dilations, num_iter, valid, width, dtype)
+                share = None if anchor is None else anchor[here[0]]
+                planes = iterate(part, weights[here[0]], dilations, num_iter, valid, width, dtype, anchor=share)
                 propagate_labels_kernel[(part.shape[0] * blocks,)](
                     planes_ptr=planes,
                     valid_ptr=part if valid is None else valid,
