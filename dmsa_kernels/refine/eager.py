@@ -440,8 +440,8 @@ def propagate_backward(
     need_masks: bool,
     anchor: Tensor | None = None,
     need_anchor: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the weights [B, P, H, W], the masks [B, C, H, W] and the anchor [B, 1, H, W]; empty if not needed.
+) -> tuple[Tensor, ...]:
+    """Gradients of the weights [B, P, H, W], the masks [B, C, H, W] and an anchor [B, 1, H, W]; empty if not needed.
 
     Masks: the transposed step, a scatter into the padded planes, ``num_iter`` times. Weights: the planes of all
     iterations are computed again, one class at a time, and ``grad_w_p += grad_t * neighbour_p(masks_t)``. With an
@@ -484,10 +484,12 @@ def propagate_backward(
                 grad_anchor[chunk] += (total * masks[chunk, these]).sum(1, keepdim=True)
     if need_masks and valid_classes is not None:
         grad_masks = torch.empty_like(masks).copy_(grad_masks.where(keep, 0.0))
-    if anchor is not None and need_anchor:
+    grads = (grad_weights.to(weights.dtype) if asked_weights else weights.new_empty(0), grad_masks)
+    if anchor is None:
+        return grads
+    if need_anchor:
         grad_anchor -= (weights * grad_weights).sum(1, keepdim=True) / (1 - anchor.to(dtype))
-        grad_anchor = grad_anchor.to(anchor.dtype)
-    return grad_weights.to(weights.dtype) if asked_weights else weights.new_empty(0), grad_masks, grad_anchor
+    return *grads, grad_anchor.to(anchor.dtype)
 
 
 def _image_count(chunk: slice, batch: int) -> int:

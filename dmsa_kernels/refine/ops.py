@@ -186,7 +186,9 @@ def _propagate_backward(
     anchor: Tensor | None = None,
     need_anchor: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _implementation(backend, "backward", grad, weights, masks).propagate_backward(
+    grad_weights, grad_masks, *grad_anchor = _implementation(
+        backend, "backward", grad, weights, masks
+    ).propagate_backward(
         grad,
         weights,
         masks,
@@ -198,6 +200,7 @@ def _propagate_backward(
         anchor=anchor,
         need_anchor=need_anchor,
     )
+    return grad_weights, grad_masks, grad_anchor[0] if grad_anchor else masks.new_empty(0)
 
 
 def _propagate_backward_fake(

@@ -134,16 +134,18 @@ def propagate_backward(
     need_masks: bool,
     anchor: Tensor | None = None,
     need_anchor: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of weights, masks and anchor in their shapes, by automatic differentiation; empty if not needed."""
+) -> tuple[Tensor, ...]:
+    """Gradients of weights, masks and an anchor in their shapes, by automatic differentiation; empty if not needed."""
     inputs = [x.double() for x in (weights, masks, anchor) if x is not None]
     pullback = torch.func.vjp(
         lambda w, m, a=None: _propagate(w, m, dilations, num_iter, valid_classes, a),
         *inputs,
     )[1]
     grad_weights, grad_masks, *grad_anchor = pullback(grad.double())
-    return (
+    grads = (
         grad_weights.to(weights.dtype) if need_weights else weights.new_empty(0),
         torch.empty_like(masks).copy_(grad_masks) if need_masks else masks.new_empty(0),
-        grad_anchor[0].to(anchor.dtype) if anchor is not None and need_anchor else masks.new_empty(0),
+    )
+    return (
+        grads if anchor is None else (*grads, grad_anchor[0].to(anchor.dtype) if need_anchor else anchor.new_empty(0))
     )

@@ -361,7 +361,7 @@ def propagate_backward(
     need_masks: bool,
     anchor: Tensor | None = None,
     need_anchor: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Launch the gradients of T iterations; arguments as in ``propagate.propagate``, and ``grad`` like the masks.
 
     The masks of all iterations are computed again, a few channels at a time: their planes and their gradients' planes
@@ -369,16 +369,18 @@ def propagate_backward(
 
     Returns:
         ``grad_weights [B, P, H, W]`` in the weights' dtype, ``grad_masks [B, C, H, W]`` in the masks' dtype and memory
-        format and ``grad_anchor [B, 1, H, W]``, by the formulas of ``eager.propagate_backward``; an empty tensor for
-        one that is not needed.
+        format; with an anchor also ``grad_anchor [B, 1, H, W]``, by the formulas of ``eager.propagate_backward``. An
+        empty tensor for one that is not needed.
     """
     dilations = tuple(int(d) for d in dilations)
     grad_masks = torch.empty_like(masks) if need_masks else masks.new_empty(0)
     if num_iter == 0 or masks.numel() == 0:
         if need_masks:
             grad_masks.copy_(propagate.without_invalid(grad, valid_classes))
-        grad_anchor = torch.zeros_like(anchor) if anchor is not None and need_anchor else masks.new_empty(0)
-        return torch.zeros_like(weights) if need_weights else weights.new_empty(0), grad_masks, grad_anchor
+        grads = (torch.zeros_like(weights) if need_weights else weights.new_empty(0), grad_masks)
+        if anchor is None:
+            return grads
+        return *grads, anchor.new_zeros(anchor.shape if need_anchor else 0)
     batch, channels, rows, columns = masks.shape
     neighbours = weights.shape[1]
     weights = weights.contiguous()
@@ -452,9 +454,12 @@ def propagate_backward(
                     num_warps=4,
                     **LAUNCH,
                 )
-    if anchor is not None and need_anchor:
+    wanted = (sums.to(weights.dtype) if asked_weights else weights.new_empty(0), grad_masks)
+    if anchor is None:
+        return wanted
+    if need_anchor:
         grad_anchor -= (weights * sums).sum(1, keepdim=True) / (1 - anchor)
-    return sums.to(weights.dtype) if asked_weights else weights.new_empty(0), grad_masks, grad_anchor
+    return *wanted, grad_anchor
 
 
 def local_affinity_backward(
