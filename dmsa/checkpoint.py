@@ -1,5 +1,8 @@
 """Checkpoints: complete, atomic, the last n and the best; readable with `torch.load(..., weights_only=True)`.
 
+What is random depends on seed, epoch, step and image, never on a process or on what was drawn before. So a checkpoint
+holds no generators, and a run goes on with any number of processes.
+
 A checkpoint is a dict of tensors and plain values:
 
 | key | what |
@@ -10,7 +13,6 @@ A checkpoint is a dict of tensors and plain values:
 | `encoder` | SHA-256 of the frozen weights, which are not stored |
 | `student`, `teacher`, `initial` | trained weights; the teacher's state; the student's weights before the first step |
 | `optimizer`, `scaler` | their state dicts |
-| `rng` | one entry a process: Python, NumPy, CPU and GPU generators |
 | `epoch`, `position`, `step` | epoch to go on with, steps already done in it, steps done in all |
 | `alpha_counter`, `rates` | epochs since the teacher's snapshot; dilation rates the student was last trained with |
 | `centroids` | class centroids and their provenance |
@@ -21,25 +23,22 @@ A checkpoint is a dict of tensors and plain values:
 
 from __future__ import annotations
 
-import random
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from dmsa.config import Config, differences, to_dict
 from dmsa.files import link_atomically, remove_leftovers, write_atomically
 
-VERSION = 3
+VERSION = 4
 REQUIRED = {
     "config": dict,
     "student": dict,
     "epoch": int,
     "step": int,
-    "rng": list,
     "optimizer": dict,
     "dataset": dict,
 }
@@ -51,33 +50,10 @@ MAY_CHANGE = (
     "train.epochs",
     "train.keep_checkpoints",
     "train.checkpoint_minutes",
+    "train.step_timeout",
+    "train.alone_timeout",
 )
 """Options that may differ when a run goes on; none of them changes what a step computes."""
-
-
-def rng_state() -> dict[str, Any]:
-    """Return the state of this process's generators, as tensors and plain values."""
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002 (libraries draw from it)
-    version, words, gauss = random.getstate()
-    state = {
-        "python": [version, list(words), gauss],
-        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)],
-        "torch": torch.get_rng_state(),
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Put this process's generators into a state that `rng_state` returned."""
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    kind, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))  # noqa: NPY002
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
 
 
 def load(path: str | Path) -> dict[str, Any]:
@@ -129,21 +105,6 @@ def check_config(state: Mapping[str, Any], config: Config, path: str | Path) -> 
             f"{path} was written with another configuration:\n  "
             + "\n  ".join(found)
             + "\nstart with the options of that run, or choose another run folder with --out"
-        )
-
-
-def check_world_size(state: Mapping[str, Any], world_size: int, path: str | Path) -> None:
-    """Check that a checkpoint holds the generators of as many processes as there are now.
-
-    Raises:
-        ValueError: names both numbers and the command that fits.
-    """
-    written = len(state["rng"])
-    if written != world_size:
-        raise ValueError(
-            f"{path} was written by {written} process{'es' * (written > 1)}, now there "
-            f"{'are' if world_size > 1 else 'is'} {world_size}: a rank is missing or too many. Start as many as before "
-            f"(torchrun --nproc_per_node={written} on one host), or choose another run folder with --out"
         )
 
 

@@ -157,6 +157,10 @@ class TrainConfig:
     """Compile the frozen blocks and the decoder with torch.compile."""
     deterministic: bool = False
     """Refuse operators that are not deterministic."""
+    step_timeout: float = 120.0
+    """Seconds after which a step that other processes do not share in ends the run (an epoch's first one: as below)."""
+    alone_timeout: float = 1800.0
+    """The same outside steps, where one process may work alone: feature bank, k-means, evaluation, checkpoints."""
     baselines: bool = False
     """Close with baselines that share the run's data and budget: clusterings, labels before training, TransFGU."""
     seed: int = 0
@@ -417,7 +421,7 @@ def validate(config: Config) -> None:
     weights = [f"losses.{name}" for name in to_dict(config.losses)]
     for key in ("train.weight_decay", "train.checkpoint_minutes", *weights):
         require(key, 0 <= flat[key] < float("inf"), "a number that is not negative")
-    for key in ("train.lr", "train.clip_value"):
+    for key in ("train.lr", "train.clip_value", "train.step_timeout", "train.alone_timeout"):
         require(key, 0 < flat[key] < float("inf"), "a positive number")
     low, high = config.data.crop_scale
     require("data.crop_scale", 0 < low <= high <= 1, "two fractions, 0 < low <= high <= 1")

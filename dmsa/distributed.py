@@ -1,6 +1,7 @@
 """Processes: started by torchrun or alone, the same calls work in both cases.
 
-Nothing here needs `torch.distributed` to be initialised; with one process every function is the identity.
+Nothing here needs `torch.distributed` to be initialised; with one process every function is the identity. Whatever a
+rank's part of the work is, it is `part`: contiguous, and one longer than another's at most.
 """
 
 from __future__ import annotations
@@ -9,7 +10,12 @@ import contextlib
 import datetime
 import io
 import os
+import sys
+import threading
+import time
+import uuid
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +23,21 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+
+BEAT_SECONDS = 1.0
+"""Time between two signs of life of a process."""
+ROLL_CALL_SECONDS = 5.0
+"""How long the shared store may take to answer."""
+_CONNECTION_WORDS = ("gloo", "nccl", "connection", "processgroup", "tcpstore")
+_watch: _Watch | None = None
+
+
+class ElsewhereError(RuntimeError):
+    """Another rank failed, and has said so itself."""
+
+
+class LostRankError(RuntimeError):
+    """A rank was not heard of: it ended, or cannot be reached."""
 
 
 def is_initialized() -> bool:
@@ -39,6 +60,18 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def launched() -> tuple[int, int]:
+    """Return number and count of processes that the launcher's environment names, (0, 1) without a launcher."""
+    if started_by_launcher():
+        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    return 0, 1
+
+
+def started_by_launcher() -> bool:
+    """Return whether a launcher's environment says that this is one of several processes."""
+    return {"RANK", "WORLD_SIZE"} <= os.environ.keys()
+
+
 def local_device() -> torch.device:
     """Return this process's GPU if there is one, else the CPU."""
     if torch.cuda.is_available():
@@ -47,46 +80,105 @@ def local_device() -> torch.device:
 
 
 @contextlib.contextmanager
-def process_group(timeout_seconds: float = 1800.0) -> Iterator[torch.device]:
+def process_group(
+    timeout_seconds: float = 1800.0,
+    *,
+    exchange_seconds: float = 1800.0,
+    consequence: Callable[[], str] = str,
+) -> Iterator[torch.device]:
     """Join the processes that torchrun started (none: do nothing) and yield this process's device.
 
     nccl between GPUs, gloo between CPUs. A process that leaves by an exception does not wait for the others: its error
     ends it, and the launcher and the broken connections end them.
 
+    Args:
+        timeout_seconds: how long a process waits here for the others.
+        exchange_seconds: how long the backend waits for them in every later exchange; `expect` is to end it before,
+            because a backend cannot name who is missing.
+        consequence: what is said after the name of a rank that was not heard of, such as how to go on.
+
     Raises:
-        RuntimeError: torchrun's environment is set, but not every process came within the time limit.
+        LostRankError: torchrun's environment is set, but not every process came within the time limit; or one that had
+            joined ended or cannot be reached.
     """
+    global _watch
     device = local_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    started_by_launcher = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    if not started_by_launcher or is_initialized():
+    if not started_by_launcher() or is_initialized():
         yield device
         return
+    number, processes = launched()
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = datetime.timedelta(seconds=timeout_seconds)
     try:
         store, number, processes = next(dist.rendezvous("env://", timeout=timeout))
-        if os.environ.get("GROUP_WORLD_SIZE") == "1":
-            # One launcher restarts all processes on its own store, where the addresses of the dead ones still stand.
-            store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        store = dist.PrefixStore(_meet(store, number, processes, timeout_seconds), store)
         dist.init_process_group(
             backend,
             store=store,
             rank=number,
             world_size=processes,
-            timeout=timeout,
+            timeout=datetime.timedelta(seconds=exchange_seconds),
             device_id=device if device.type == "cuda" else None,
         )
     except (RuntimeError, ValueError) as error:
-        raise RuntimeError(
-            f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} could not join the others "
+        raise LostRankError(
+            f"rank {number} of {processes} could not join the others "
             f"at {os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')} "
             f"within {timeout_seconds:.0f} s: a process is missing, or its host cannot be reached; "
             f"start all of them with torchrun ({error})"
         ) from error
-    yield device
+    _watch = _Watch(store, consequence) if processes > 1 else None
+    try:
+        yield device
+    except RuntimeError as error:
+        lost = _watch.lost() if _watch is not None and _is_connection_error(error) else None
+        if lost is None:
+            raise
+        raise lost from error
+    finally:
+        if _watch is not None:
+            _watch.close()
+            _watch = None
     dist.destroy_process_group()
+
+
+def _meet(store: dist.Store, number: int, processes: int, timeout_seconds: float) -> str:
+    """Return a name that all processes of this attempt share and no earlier attempt has used.
+
+    Launchers restart their processes on the same store, where what the dead ones wrote still stands, and number their
+    attempts each for itself. So every process greets with a word of its own, and the first answers until all of them
+    have confirmed; the greeting of a dead process is answered in vain until its successor's takes its place.
+    """
+    own = uuid.uuid4().hex
+    if number:
+        store.set(f"hello/{number}", own)
+        name = store.get(f"welcome/{own}").decode()
+        store.set(f"here/{name}/{number}", "")
+        return name
+    missing = set(range(1, processes))
+    deadline = time.monotonic() + timeout_seconds
+    while missing:
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"not heard of: {_ranks(missing)}")
+        for other in sorted(missing):
+            if store.check([f"here/{own}/{other}"]):
+                missing.discard(other)
+            elif store.check([f"hello/{other}"]):
+                store.set(f"welcome/{store.get(f'hello/{other}').decode()}", own)
+        time.sleep(0.01)
+    return own
+
+
+def part(length: int, number: int, parts: int) -> range:
+    """Return part `number` of `range(length)` cut into `parts`; they differ in length by one at most."""
+    return range(number * length // parts, (number + 1) * length // parts)
+
+
+def shard(length: int) -> range:
+    """Return this process's part of `range(length)`."""
+    return part(length, rank(), world_size())
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
@@ -134,7 +226,7 @@ def on_main(work: Callable[[], T]) -> T:
     """Run `work` on rank 0 and return its result in every process; if it fails there, every process raises.
 
     Raises:
-        RuntimeError: in the other processes, naming rank 0's error (which rank 0 raises itself).
+        ElsewhereError: in the other processes, naming rank 0's error (which rank 0 raises itself).
     """
     if world_size() == 1:
         return work()
@@ -148,24 +240,168 @@ def on_main(work: Callable[[], T]) -> T:
     if error is not None:
         raise error
     if message is not None:
-        raise RuntimeError(f"rank 0 failed: {message}")
+        raise ElsewhereError(f"rank 0 failed: {message}")
     return result
 
 
-@contextlib.contextmanager
-def main_first() -> Iterator[None]:
-    """Let rank 0 run the block before the others do, so that they find what it has cached."""
-    if not is_main():
-        barrier()
-    yield
-    if is_main():
-        barrier()
+def together(work: Callable[[], T], *, main_first: bool = False) -> T:
+    """Run `work`, which exchanges nothing, in every process; if it fails in one of them, every process raises.
 
+    Args:
+        work: what to run; its result is returned.
+        main_first: rank 0 runs it before the others do, so that they find what it has cached.
 
-def shard(length: int) -> range:
-    """Return this process's contiguous part of `range(length)`; the parts differ in length by one at most."""
-    return range(rank() * length // world_size(), (rank() + 1) * length // world_size())
+    Raises:
+        ElsewhereError: in all processes but the first one that failed, naming that and its error.
+    """
+    if world_size() == 1:
+        return work()
+    result, error = None, None
+    if main_first and not is_main():
+        barrier()
+    try:
+        result = work()
+    except Exception as raised:
+        error = raised
+    if main_first and is_main():
+        barrier()
+    failed = [
+        (number, message)
+        for number, message in enumerate(gather_objects(None if error is None else f"{type(error).__name__}: {error}"))
+        if message is not None
+    ]
+    if not failed:
+        return result  # type: ignore[return-value]
+    first, message = failed[0]
+    if error is not None and first == rank():
+        raise error
+    raise ElsewhereError(f"rank {first} failed: {message}")
 
 
 def _object_device() -> torch.device:
     return local_device() if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
+@contextlib.contextmanager
+def first_of_host_speaks() -> Iterator[None]:
+    """Let only the first process of a host print in the block, where all of them would print the same."""
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        yield
+        return
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+def complain(error: BaseException) -> None:
+    """Print `error` as one line that names program and rank, and leave it with the launcher for its own report."""
+    number, processes = launched()
+    # Until they have joined, the processes of a host fail alike, and the first one says it.
+    alike = not is_initialized() and int(os.environ.get("LOCAL_RANK", 0)) > 0 and not isinstance(error, RuntimeError)
+    if not alike and not isinstance(error, ElsewhereError):
+        text = str(error) or type(error).__name__
+        if text.startswith("Caught "):  # a data loader's worker sends its whole traceback as the message
+            text = text.strip().splitlines()[-1]
+        where = f"rank {number} of {processes}: " if processes > 1 else ""
+        print(f"{Path(sys.argv[0]).name}: {where}error: {text}", file=sys.stderr, flush=True)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
+
+
+def _is_connection_error(error: BaseException) -> bool:
+    """Return whether `error` says that another process could not be reached."""
+    if isinstance(error, (ElsewhereError, LostRankError)):
+        return False
+    if isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _CONNECTION_WORDS)
+
+
+class _Watch:
+    """Shows the others that this process lives, and ends it with one line when one of them does not any more.
+
+    A broken link shows in no exchange between processes: packets just stop, and backends wait for their own long time
+    or, with nccl, hang where Python cannot see it. So threads look at the clock and at each other's beats, in the store
+    that the processes share.
+    """
+
+    def __init__(self, store: dist.Store, consequence: Callable[[], str]) -> None:
+        self._store, self._consequence = store, consequence
+        self._limit, self._deadline = float("inf"), float("inf")
+        self._closed = threading.Event()
+        for target in (self._beat, self._look):
+            threading.Thread(target=target, name="watch", daemon=True).start()
+
+    def expect(self, seconds: float | None) -> None:
+        self._limit = self._limit if seconds is None else seconds
+        self._deadline = time.monotonic() + self._limit
+
+    def close(self) -> None:
+        self._closed.set()
+
+    def lost(self, since: str = "") -> LostRankError | None:
+        """Return the error that names who gives no sign of life; None if all do."""
+        store = _within(ROLL_CALL_SECONDS, self._store.clone)
+        before, after = (self._beats(store, wait) for wait in (0, 3 * BEAT_SECONDS))
+        if before is None or after is None:
+            address = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+            missing = f"rank 0's host ({address}) was"
+        else:
+            still = {number for number in range(world_size()) if before[number] == after[number]}
+            if not still:
+                return None
+            missing = f"{_ranks(still)} {'was' if len(still) == 1 else 'were'}"
+        return LostRankError("; ".join(filter(None, (f"{missing} not heard of{since}", self._consequence()))))
+
+    def _beats(self, store: dist.Store | None, wait: float) -> list[bytes] | None:
+        """Return every rank's last beat; None if the store does not answer."""
+        time.sleep(wait)
+        keys = [f"beat/{number}" for number in range(world_size())]
+        return None if store is None else _within(ROLL_CALL_SECONDS, lambda: [store.get(key) for key in keys])
+
+    def _beat(self) -> None:
+        store, number = self._store.clone(), 0
+        with contextlib.suppress(RuntimeError):  # the store is gone: its host's end is for `_look` to tell
+            while not self._closed.is_set():
+                store.set(f"beat/{rank()}", str(number := number + 1))
+                self._closed.wait(BEAT_SECONDS)
+
+    def _look(self) -> None:
+        while not self._closed.wait(0.2):
+            if time.monotonic() < self._deadline:
+                continue
+            error = self.lost(f" for {self._limit:g} s")
+            if error is not None:
+                complain(error)
+                os._exit(1)
+            print(f"rank {rank()} has waited for {self._limit:g} s; every rank is alive", file=sys.stderr, flush=True)
+            self.expect(None)
+
+
+def expect(seconds: float | None = None) -> None:
+    """Begin to count: unless this is called again in time, it is checked that every other process still lives.
+
+    Args:
+        seconds: how much time the next part of the work may take; as before if unset.
+    """
+    if _watch is not None:
+        _watch.expect(seconds)
+
+
+def _within(seconds: float, work: Callable[[], T]) -> T | None:
+    """Return what `work` returns; None if that takes longer, or fails because of the connection."""
+    results: list[T] = []
+
+    def run() -> None:
+        with contextlib.suppress(RuntimeError):
+            results.append(work())
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return results[0] if results else None
+
+
+def _ranks(numbers: set[int]) -> str:
+    return f"rank{'s' * (len(numbers) > 1)} {', '.join(map(str, sorted(numbers)))}"

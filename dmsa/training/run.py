@@ -12,7 +12,7 @@ from dmsa.config import Config
 from dmsa.files import remove_leftovers, write_atomically
 
 
-class FolderBusyError(RuntimeError):
+class FolderBusyError(OSError):
     """Another process is writing in the run folder."""
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch.utils.data import Sampler
 
+from dmsa.distributed import part
 from dmsa.random import mix
 
 
@@ -14,8 +15,8 @@ class EpochBatches(Sampler[list[int]]):
     """Batches of one process. All processes draw the same permutation and take their part of every global batch.
 
     The permutation depends on `seed` and the epoch alone, so the images of a step do not depend on the number of
-    processes, and an epoch can be entered at any step. The images that do not fill a last batch are left out (others
-    in every epoch).
+    processes, and an epoch can be entered at any step. Parts differ by one image at most. The images that do not fill a
+    last batch are left out (others in every epoch).
 
     Args:
         length: number of samples of the data set.
@@ -25,16 +26,11 @@ class EpochBatches(Sampler[list[int]]):
         world_size: number of processes.
 
     Raises:
-        ValueError: the processes do not divide the batch, or there are fewer samples than a batch.
+        ValueError: more processes than images in a batch, or fewer samples than a batch.
     """
 
     def __init__(self, length: int, batch: int, *, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
-        if batch % world_size:
-            smaller, larger = batch // world_size * world_size, -(-batch // world_size) * world_size
-            raise ValueError(
-                f"train.batch={batch} cannot be shared by {world_size} processes; it is the number of images over all "
-                f"of them: choose a multiple, such as {smaller or larger} or {larger}"
-            )
+        check_shares(batch, world_size)
         if length < batch:
             raise ValueError(
                 f"train.batch={batch} is more than the {length} training samples of an epoch; choose a smaller batch, "
@@ -63,7 +59,20 @@ class EpochBatches(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         order = self.permutation()
-        share = self.batch // self.world_size
+        own = part(self.batch, self.rank, self.world_size)
         for step in range(self.start, self.steps):
-            begin = step * self.batch + self.rank * share
-            yield order[begin : begin + share].tolist()
+            begin = step * self.batch
+            yield order[begin + own.start : begin + own.stop].tolist()
+
+
+def check_shares(batch: int, world_size: int) -> None:
+    """Check that every process gets an image of every batch.
+
+    Raises:
+        ValueError: more processes than images in a batch.
+    """
+    if world_size > batch:
+        raise ValueError(
+            f"{world_size} processes cannot share train.batch={batch}, the images of a step over all of them: start at "
+            f"most {batch}, or choose a larger batch"
+        )

@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from dmsa import distributed
+from dmsa.checkpoint import Checkpoints
 from dmsa.config import Config, resolve_method, validate
 from dmsa.scoring.baselines import untrained_rows
 from dmsa.training.progress import say
-from dmsa.training.run import FolderBusyError
+from dmsa.training.sampler import check_shares
 from dmsa.training.trainer import Trainer
-
-CANNOT_START = (ValueError, TypeError, OSError, FolderBusyError)
-"""Errors of `started` that are about options, data or files, and say so."""
 
 
 def train(config: Config, argv: list[str] | None = None) -> dict[str, Any]:
@@ -35,6 +33,7 @@ def train(config: Config, argv: list[str] | None = None) -> dict[str, Any]:
         FileNotFoundError: data or weights are missing; says where to get them.
         OSError: the run folder or a checkpoint cannot be written; the previous checkpoint is intact.
         NonFiniteLossError: names the loss; the batch is in the run folder.
+        LostRankError: another process ended or cannot be reached; names it and the last checkpoint.
     """
     with started(config, argv) as trainer:
         return complete(trainer)
@@ -44,7 +43,15 @@ def train(config: Config, argv: list[str] | None = None) -> dict[str, Any]:
 def started(config: Config, argv: list[str] | None = None) -> Iterator[Trainer]:
     """Join the other processes, build the run and yield it; arguments and errors are those of `train`."""
     validate(config)
-    with distributed.process_group() as device:
+    check_shares(config.train.batch, distributed.launched()[1])
+
+    def goes_on() -> str:
+        folder = Path(config.out) / "checkpoints"
+        return f"the same command goes on from {Checkpoints(folder).newest() or f'the last checkpoint in {folder}'}"
+
+    patience = 2 * max(config.train.alone_timeout, config.train.step_timeout)
+    with distributed.process_group(exchange_seconds=patience, consequence=goes_on) as device:
+        distributed.expect(config.train.alone_timeout)
         trainer = Trainer(config, device, sys.argv if argv is None else argv)
         try:
             yield trainer

@@ -26,7 +26,7 @@ from dmsa.files import write_atomically
 from dmsa.labels.cache import image_count
 from dmsa.labels.clustering import prepare_centroids
 from dmsa.models.encoder import build_encoder, fingerprint
-from dmsa.random import seed_everything
+from dmsa.random import mix, seed_everything
 from dmsa.scoring.evaluate import evaluate
 from dmsa.scoring.protocols import Protocol
 from dmsa.training.nonfinite import stop_nonfinite
@@ -76,6 +76,30 @@ class Trainer:
         self.state = State()
         set_up_torch(config)
 
+        distributed.together(self._build_data)
+        self.store = Checkpoints(Path(config.out) / "checkpoints", config.train.keep_checkpoints)
+        found = self._find_checkpoint()
+        seed_everything(config.train.seed)
+        distributed.together(self._build_encoder, main_first=True)
+        distributed.on_main(lambda: self._open_folder(found))
+        self.centroids = self._centroids(found)
+        # The bank may come from a cache: what is drawn from here on must not depend on that.
+        seed_everything(config.train.seed)
+        keep_bytes = distributed.together(lambda: self._build_task(found))
+        if self.world_size > 1:
+            # The pyramid's 1x1 weights have another layout of the same memory than the reducer's buffer.
+            warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+            # Nothing in the student changes but by its gradients: there are no buffers to send.
+            self.task.forward = nn.parallel.DistributedDataParallel(self.task.student, broadcast_buffers=False)
+        self.log = MetricsLog(config.out, keep_bytes=keep_bytes, step=self.state.step)
+        self.window = Window(self.classes.num_classes, device)
+        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        self._last_save = time.monotonic()
+
+    # Building the parts
+
+    def _build_data(self) -> None:
+        config = self.config
         self.train_data = data.build(config.data, "train", config.train.seed)
         self.val_data = data.build(config.data, "val", config.train.seed)
         self.classes = Classes.of(self.train_data)
@@ -86,40 +110,25 @@ class Trainer:
             rank=self.rank,
             world_size=self.world_size,
         )
-        self.store = Checkpoints(Path(config.out) / "checkpoints", config.train.keep_checkpoints)
-        found = self._find_checkpoint()
-        seed_everything(config.train.seed)
-        with distributed.main_first():
-            self.encoder = build_encoder(config.model.encoder, config.model.weights).to(device)
-        check_sizes(config, self.encoder)
+
+    def _build_encoder(self) -> None:
+        self.encoder = build_encoder(self.config.model.encoder, self.config.model.weights).to(self.device)
+        check_sizes(self.config, self.encoder)
         self.encoder_hash = fingerprint(self.encoder)
-        distributed.on_main(lambda: self._open_folder(found))
-        self.centroids = self._centroids(found)
-        # The bank may come from a cache: what is drawn from here on must not depend on that.
-        seed_everything(config.train.seed)
+
+    def _build_task(self, found: Mapping[str, Any] | None) -> int:
+        """Build what is trained, in the state of a checkpoint if one was found; return the length of metrics.jsonl."""
+        config, kind = self.config, self.device.type
         self.task = Task(config, self.classes, self.encoder, self.centroids["vectors"])
         self.optimizer = build_optimizer(self.task.student, config)
         precision = PRECISIONS[config.train.precision]
-        self.autocast = {"device_type": device.type, "dtype": precision, "enabled": precision != torch.float32}
-        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
-        keep_bytes = 0
-        if found is not None:
-            keep_bytes = self._restore(found)
+        self.autocast = {"device_type": kind, "dtype": precision, "enabled": precision != torch.float32}
+        self.scaler = torch.amp.GradScaler(kind, enabled=precision == torch.float16)
+        keep_bytes = 0 if found is None else self._restore(found)
         if config.train.compile:
             self.encoder.compile_frozen()
             self.task.student.decoder.compile()
-        if self.world_size > 1:
-            # The pyramid's 1x1 weights have another layout of the same memory than the reducer's buffer.
-            warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-            self.task.forward = nn.parallel.DistributedDataParallel(self.task.student)
-        if found is not None:
-            checkpoint.set_rng_state(found["rng"][self.rank])
-        self.log = MetricsLog(config.out, keep_bytes=keep_bytes, step=self.state.step)
-        self.window = Window(self.classes.num_classes, device)
-        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
-        self._last_save = time.monotonic()
-
-    # Building the parts
+        return keep_bytes
 
     def _find_checkpoint(self) -> dict[str, Any] | None:
         """Return the newest checkpoint, read and checked by rank 0, in every process; None if there is none."""
@@ -131,7 +140,6 @@ class Trainer:
             if path is not None:
                 found = checkpoint.load(path)
                 checkpoint.check_config(found, self.config, path)
-                checkpoint.check_world_size(found, self.world_size, path)
 
         distributed.on_main(read)
         return distributed.broadcast_state(found)
@@ -213,6 +221,7 @@ class Trainer:
             self.window.add(state.step, *self._step(batch))
             state.step += 1
             state.position += 1
+            distributed.expect(config.train.step_timeout)
             self.progress.advance(config.train.batch)
             last = state.position == self.sampler.steps
             if last or state.step % config.train.log_every == 0:
@@ -240,6 +249,7 @@ class Trainer:
     def _step(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Do one optimiser step; return this process's share of what is watched and its label counts, on the device."""
         epoch, step = self.state.epoch, self.state.step
+        seed_everything(mix(self.config.train.seed, step))
         with torch.autocast(**self.autocast):
             parts = [self.task.prepare(part, epoch, step) for part in _split(batch, self.config.train.micro_batch)]
         counts = distributed.all_reduce_sum(torch.stack([part.counts for part in parts]).sum(0))
@@ -315,6 +325,7 @@ class Trainer:
     def _end_epoch(self) -> None:
         state, config = self.state, self.config
         epoch = state.epoch
+        distributed.expect(config.train.alone_timeout)
         state.epoch, state.position = epoch + 1, 0
         self._log_skipped(epoch)
         improved = False
@@ -394,7 +405,7 @@ class Trainer:
 
     def _eval_batch(self) -> int:
         """Images of a forward pass in evaluation: as many pixels as one in training, 16 at most."""
-        share = self.config.train.micro_batch or self.config.train.batch // self.world_size
+        share = self.config.train.micro_batch or max(1, self.config.train.batch // self.world_size)
         return max(1, min(16, share * self.config.data.crop**2 // self.config.data.size**2))
 
     def report(self, baselines: Sequence[Mapping[str, Any]] = ()) -> Path | None:
@@ -421,18 +432,18 @@ class Trainer:
 
     def _save(self, best: bool = False) -> None:
         """Write a checkpoint; every process takes part."""
-        generators = distributed.gather_objects(checkpoint.rng_state())
+        distributed.expect(self.config.train.alone_timeout)
         skipped = self._skipped()
 
         def write() -> None:
-            path = self.store.save(self._snapshot(generators, skipped))
+            path = self.store.save(self._snapshot(skipped))
             if best:
                 self.store.mark_best(path)
 
         distributed.on_main(write)
         self._last_save = time.monotonic()
 
-    def _snapshot(self, generators: list[dict[str, Any]], skipped: list[str]) -> dict[str, Any]:
+    def _snapshot(self, skipped: list[str]) -> dict[str, Any]:
         teacher = self.task.teacher.state_dict()
         initial = teacher.pop("initial")
         return {
@@ -445,7 +456,6 @@ class Trainer:
             "initial": initial,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "rng": generators,
             **dataclasses.asdict(self.state),
             "skipped_images": skipped,
             "alpha_counter": self.task.teacher.epochs_since_snapshot,

@@ -7,6 +7,7 @@ attempt costs no import. It reads a JSON plan from the command line and writes o
 
 An attempt is null (run to the end), {"operation": n} (rank 0 dies just before the n-th opening, renaming or removing of
 a file of the run folder), {"seconds": s} (all die after so long), or {"rank": r, "step": n} (one rank dies, in step n).
+With "processes", "out" or "train" (options of that section) an attempt has its own.
 """
 
 from __future__ import annotations
@@ -128,8 +129,10 @@ def main() -> None:
         importlib.import_module(module)
     results = []
     for attempt in plan["attempts"]:
-        config = from_dict({**plan["config"], "out": plan["out"]})
-        results.append(run(config, attempt, plan["out"], plan.get("processes", 1)))
+        own = attempt or {}
+        out = own.get("out", plan["out"])
+        values = {**plan["config"], "train": {**plan["config"]["train"], **own.get("train", {})}, "out": out}
+        results.append(run(from_dict(values), attempt, out, own.get("processes", plan.get("processes", 1))))
     print(json.dumps(results))
 
 
