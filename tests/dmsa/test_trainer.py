@@ -254,7 +254,7 @@ def test_sizes_are_checked_before_the_feature_bank_and_before_anything_is_writte
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--preset", "voc"], "data set 'voc' needs a folder, --data.root FOLDER"),
+        (["--preset", "voc"], "data set 'voc' needs the folder of VOC 2012.*--data.root FOLDER"),
         (["--out", "{tmp}/file/run"], "cannot create .*choose another --out"),
         (["--out", "{tmp}/busy"], "another process is training in this folder"),
         (["--train.batch", "9999"], "train.batch=9999 is more than the 1024 training samples"),
