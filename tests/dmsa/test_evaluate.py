@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dmsa import cli
 from dmsa.commands.eval import main
@@ -14,7 +15,7 @@ from dmsa.config import DataConfig
 from dmsa.data import build
 from dmsa.data.base import table
 from dmsa.data.coco import CURATED_FILE
-from dmsa.scoring import evaluate as module
+from dmsa.scoring import upsample
 from dmsa.scoring.evaluate import evaluate, evaluate_predictions
 from dmsa.scoring.metrics import Histogram
 from dmsa.scoring.protocols import Protocol
@@ -265,14 +266,29 @@ def test_memory_does_not_grow_with_the_number_of_images():
     assert peak(400) < peak(40) + 100_000  # 400 masks alone are 1.6 MB
 
 
-def test_upsampling_is_chunked_without_a_difference(monkeypatch):
+@pytest.mark.parametrize("at_once", [1, 8 * 9, 2 * 8 * 9, 2 * K * 8 * 9])
+def test_upsampling_in_parts_makes_no_difference(monkeypatch, at_once):
     logits = torch.randn(5, K, 3, 3, generator=torch.Generator().manual_seed(0))
-    sizes = [(8, 9), (8, 9), (8, 9), (5, 7), (8, 9)]
-    whole = list(module._argmax(logits, sizes))
-    monkeypatch.setattr(module, "UPSAMPLED_VALUES", 1)
-    for a, b, size in zip(whole, module._argmax(logits, sizes), sizes, strict=True):
-        assert a.shape == size
-        np.testing.assert_array_equal(a, b)
+    logits[:, :, 0] = 1.0  # equal scores: the lowest id
+    whole = F.interpolate(logits, (8, 9), mode="bilinear", align_corners=False).argmax(1)
+    monkeypatch.setattr(upsample, "UPSAMPLED_VALUES", at_once)
+    assert torch.equal(upsample.upsampled_labels(logits, (8, 9)), whole.to(torch.uint8))
+
+
+def test_81_classes_of_a_large_picture_take_the_memory_of_few(monkeypatch):
+    class Largest(TorchDispatchMode):
+        values = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                self.values = max(self.values, out.untyped_storage().nbytes() // 4)
+            return out
+
+    monkeypatch.setattr(upsample, "UPSAMPLED_VALUES", 4 * 300 * 400)
+    with Largest() as largest:
+        assert upsample.upsampled_labels(torch.randn(2, 81, 8, 8), (300, 400)).shape == (2, 300, 400)
+    assert largest.values == 4 * 300 * 400  # of 81
 
 
 # --- reports and the command ---------------------------------------------------------------------------------

@@ -132,7 +132,7 @@ def test_evaluation_of_the_run_repeats_its_score(run, capsys):
 
 
 def test_images_by_folder_file_and_pattern(photos):
-    found = find_images([str(photos / "*.png"), str(photos)])
+    found = find_images([str(photos / "*.png"), str(photos)], "out")
     assert [path.name for path in found] == ["a.png", "b.jpg", "a.png"]
     names = output_names(found)
     assert len(set(names)) == 3
