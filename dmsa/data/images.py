@@ -26,6 +26,8 @@ _TURNS = {
 _SIDEWAYS = (5, 6, 7, 8)
 _ORIENTATION, _DEEP = "orientation", "16 bits"  # what is noted in `Image.info`
 _DEEP_COLOURS = re.compile("(RGB[AXa]?|LA);16")
+_GREY_STEPS = {"L;2": 85, "L;4": 17}  # by which Pillow multiplies grey of 2 and 4 bits
+_LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF")
 _COLOURS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 
 
@@ -58,9 +60,14 @@ def open_image(path: str | os.PathLike) -> Image.Image:
     except Exception as error:  # Pillow's format plugins raise whatever a broken header leads them to
         raise CorruptImageError(path, error) from error
     # Pillow keeps the upper byte of every channel; its raw mode, gone once pixels are decoded, is all that tells.
-    tiles = getattr(image, "tile", None)
-    image.info[_DEEP] = image.mode.startswith("I;16") or bool(tiles and _DEEP_COLOURS.search(str(tiles[0][-1])))
+    image.info[_DEEP] = image.mode.startswith("I;16") or _DEEP_COLOURS.search(_raw_mode(image)) is not None
     return image
+
+
+def _raw_mode(image: Image.Image) -> str:
+    """Return how the file holds the pixels, in Pillow's words; empty once they are decoded."""
+    tiles = getattr(image, "tile", None)
+    return str(tiles[0][-1]) if tiles else ""
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
@@ -182,13 +189,16 @@ def read_mask(path: str | os.PathLike) -> np.ndarray:
                 f"{path} is a {image.mode} image of colours; expected a palette or 8-bit grey PNG "
                 "whose pixels are class ids"
             )
+        if image.format in _LOSSY:
+            raise ValueError(f"{path} holds a {image.format} image, whose pixels are no exact ids; expected a PNG")
         if (frames := _frames(image)) > 1:
             raise ValueError(f"{path} holds {frames} frames or pages; expected one mask")
+        scale = next((step for raw, step in _GREY_STEPS.items() if raw in _raw_mode(image)), 1)
         turn = orientation(image)
         _load(image)
         ids = np.array(image.transpose(_TURNS[turn]) if turn > 1 else image)
     if ids.dtype == np.uint8:
-        return ids
+        return ids // scale if scale > 1 else ids
     if ids.dtype != bool and (ids.min(initial=0) < 0 or ids.max(initial=0) > 255):
         raise ValueError(f"{path} holds ids up to {ids.max()}; expected 0..255")
     return ids.astype(np.uint8)

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from dmsa import distributed
 from dmsa.data.images import CorruptImageError, read_mask
 from dmsa.data.listing import by_stem, few, list_files
+from dmsa.data.sources import OFFICIAL_CURATED, SPLIT_IMAGES
 from dmsa.data.transforms import normalise, to_tensor
 from dmsa.scoring.metrics import IGNORE, Histogram, scores, things_of
 from dmsa.scoring.protocols import Protocol
@@ -322,6 +323,8 @@ def _report(
     kinds = ["thing" if thing else "stuff" for thing in things]
     if dataset.things_only:
         kinds[0] = "background"
+    if len(skipped) + len(missing) == wanted:
+        raise ValueError(f"none of {wanted} images could be scored: {few([skip.reason for skip in skipped])}")
     whole = histogram.reduce()
     counted = whole.counts.sum(1)
     gaps, ignored = int(whole.unpredicted.sum()), int(whole.ignored.sum())
@@ -346,6 +349,7 @@ def _report(
         partial=getattr(dataset, "total", 0) > getattr(dataset, "images", 0),
         matched=match,
         ignored=ignored / max(1, ignored + gaps + int(counted.sum())),
+        official=OFFICIAL_CURATED if curated else SPLIT_IMAGES.get(dataset.name, {}).get("val"),
         remarks=[*_pixel_remarks(dataset, counted + whole.unpredicted, gaps, predicted_255), *remarks],
     )
 

@@ -42,6 +42,7 @@ def markdown(rows: Sequence[Sequence[object]]) -> list[str]:
     return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]
 
 
+PAPER_SIZE = 320  # pixels, of the network's input in published scores
 REPORT_FILES = ("eval.txt", "eval.md", "eval.json", "confusion.png")
 SCORE_HEAD = ("method", "mIoU", "accuracy", "protocol", "source")
 
@@ -94,6 +95,8 @@ class Report:
     """Whether predictions are clusters, matched to classes, or class ids."""
     ignored: float
     """Share of the pixels whose label is 255."""
+    official: int | None
+    """Images of the official set that the published scores are of; `None` if there is none."""
     remarks: list[str]
     """What else a reader must know: files that were left out, pixels without a prediction."""
 
@@ -109,10 +112,20 @@ class Report:
             notes.append(f"scored on {self.wanted} images drawn from a larger set: not comparable with the whole set")
         elif self.images < self.wanted:
             notes.append(f"scored {self.images} of {self.wanted} images: not comparable with the whole set")
+        elif self.official not in (None, self.wanted):
+            notes.append(
+                f"the official set has {self.official} images, not {self.wanted}: published scores do not compare"
+            )
         if not self.matched:
             notes.append("predictions were taken as class ids: no Hungarian match")
-        if not paper_rows(self.dataset):
+        published = paper_rows(self.dataset)
+        if not published:
             notes.append(f"there are no published scores on {self.dataset} to compare with")
+        elif self.protocol.name not in {row["protocol"] for row in published} or self.protocol.size != PAPER_SIZE:
+            notes.append(
+                f"published scores are of other protocols than {self.protocol.name} at {self.protocol.size} px: they "
+                "do not compare"
+            )
         return [*notes, *self.remarks]
 
     def rows(self) -> list[dict[str, Any]]:

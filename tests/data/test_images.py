@@ -1,6 +1,8 @@
 """Every kind of picture comes out as what a viewer shows, or as an error that names the file."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -24,22 +26,21 @@ def read(path):
         return np.asarray(as_rgb(image))
 
 
-def sixteen_bit_colours(path):
-    """Write a PNG of 16 bits a channel, which Pillow can read but not write."""
-    import struct
-    import zlib
+def write_png(path, bits, colour, values):
+    """Write a PNG of a kind that Pillow can read but not write: `bits` a channel, `colour` 0 (grey) or 2 (RGB)."""
 
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    def write(values):
-        rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
-        header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, 2, 0, 0, 0)
-        parts = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-        path.write_bytes(b"\x89PNG\r\n\x1a\n" + parts)
-        return path
-
-    return write
+    if bits == 16:
+        rows = [row.astype(">u2").tobytes() for row in values]
+    else:  # grey, several pixels in a byte
+        parts = [values[:, k :: 8 // bits].astype(np.uint8) << (8 - bits - k * bits) for k in range(8 // bits)]
+        rows = [row.tobytes() for row in np.bitwise_or.reduce(parts)]
+    header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], bits, colour, 0, 0, 0)
+    body = chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row for row in rows)))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + body + chunk(b"IEND", b""))
+    return path
 
 
 KINDS = {
@@ -51,7 +52,7 @@ KINDS = {
         lambda p: save(Image.frombytes("I;16B", (256, 64), (RAMP.astype(int) * 257).astype(">u2").tobytes()), p),
     ),
     "16-bit grey PGM": ("a.pgm", lambda p: save((RAMP.astype(int) * 257).astype(np.uint16), p)),
-    "16-bit colours": ("a.png", lambda p: sixteen_bit_colours(p)(GREY.astype(int) * 257)),
+    "16-bit colours": ("a.png", lambda p: write_png(p, 16, 2, GREY.astype(int) * 257)),
     "floating point": ("a.tif", lambda p: save((RAMP / 255).astype(np.float32), p)),
     "palette": ("a.gif", lambda p: save(RAMP, p)),
     "palette with transparency": ("a.png", lambda p: save(Image.fromarray(GREY).quantize(256), p, transparency=3)),
@@ -102,7 +103,7 @@ def test_a_range_that_cannot_be_told_is_an_error(tmp_path, name, values, message
 
 def test_12_bits_in_16_bit_colours_are_an_error_and_black_is_black(tmp_path):
     with pytest.raises(CorruptImageError, match="16 bits a channel"):
-        read(sixteen_bit_colours(tmp_path / "a.png")(GREY.astype(int) * 16))
+        read(write_png(tmp_path / "a.png", 16, 2, GREY.astype(int) * 16))
     assert not read(save(np.zeros((4, 4), np.uint16), tmp_path / "b.png")).any()
 
 
@@ -204,12 +205,27 @@ def test_masks_of_bits_16_bits_and_frames(tmp_path):
         read_mask(tmp_path / "c.png")
 
 
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_masks_of_few_bits_hold_the_ids_that_are_stored(tmp_path, bits):
+    ids = np.random.default_rng(0).integers(0, 2**bits, (6, 16), dtype=np.uint8)
+    np.testing.assert_array_equal(read_mask(write_png(tmp_path / "a.png", bits, 0, ids)), ids)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
+def test_masks_of_inexact_pixels_are_refused(tmp_path, kind):
+    Image.fromarray(RAMP).save(tmp_path / "a.png", format=kind)
+    with pytest.raises(
+        ValueError, match=rf"a\.png holds a {kind} image, whose pixels are no exact ids|RGB image of col"
+    ):
+        read_mask(tmp_path / "a.png")
+
+
 def test_what_is_unusual_is_said(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 8
     cases = {
         "turned upright as EXIF says (orientation 8)": save(GREY, tmp_path / "a.jpg", exif=exif),
-        "of 16 bits a channel, reduced to 8": sixteen_bit_colours(tmp_path / "b.png")(GREY.astype(int) * 257),
+        "of 16 bits a channel, reduced to 8": write_png(tmp_path / "b.png", 16, 2, GREY.astype(int) * 257),
         "in CMYK": save(Image.fromarray(GREY).convert("CMYK"), tmp_path / "c.jpg"),
         "in floating point": save((RAMP / 255).astype(np.float32), tmp_path / "d.tif"),
         "with transparency, taken with the stored colours": save(Image.new("RGBA", (4, 4)), tmp_path / "e.png"),

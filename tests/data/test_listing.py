@@ -2,6 +2,7 @@ import os
 import re
 import socket
 
+import numpy as np
 import pytest
 
 from dmsa.config import DataConfig
@@ -42,6 +43,7 @@ def test_everything_is_listed_or_said_to_be_left_out(tmp_path):
     os.symlink(tmp_path / "gone.jpg", folder / "m.jpg")
     os.symlink(folder / "deep", folder / "again")  # under its own name it comes first
     open(os.fsencode(folder) + b"/caf\xe9.jpg", "wb").close()
+    touch(folder / "o\np.jpg")
     with socket.socket(socket.AF_UNIX) as plug:
         plug.bind(str(folder / "n.png"))
     listing = list_files(folder, IMAGE_SUFFIXES)
@@ -60,6 +62,7 @@ def test_everything_is_listed_or_said_to_be_left_out(tmp_path):
         "linked to a folder that is listed already": ["again", "deep/loop"],
         "linked to nothing": ["m.jpg"],
         "that are no files": ["n.png"],
+        "with a control character in the name": ["o\\np.jpg"],
         "with a name that is not UTF-8": ["caf\\xe9.jpg"],
         "with the ending .HEIC": ["i.HEIC"],
         "with the ending .heic": ["j.heic"],
@@ -107,6 +110,17 @@ def test_two_files_of_one_name():
     assert by_stem(["a.b.png", "x/a.png"], "somewhere", "masks") == {"a.b": "a.b.png", "x/a": "x/a.png"}
     with pytest.raises(ValueError, match=r"masks in somewhere differ only by their ending, a\.PNG, a\.png: keep one"):
         by_stem(["a.PNG", "a.png", "b.png"], "somewhere", "masks")
+
+
+def test_accents_may_be_composed_or_not(tmp_path):
+    image, mask = "caf\u00e9", "cafe\u0301"
+    fixtures.write_image(tmp_path / f"images/{image}.jpg")
+    fixtures.write_grey(tmp_path / f"masks/{mask}.png", fixtures.blocks([0, 1]))
+    data = build(DataConfig(name="folder", root=str(tmp_path)), "val")
+    np.testing.assert_array_equal(data.raw(0)[1], fixtures.blocks([0, 1]))
+    fixtures.write_grey(tmp_path / f"masks/{image}.png", fixtures.blocks([0, 1]))
+    with pytest.raises(ValueError, match=r"masks in .* differ only"):
+        build(DataConfig(name="folder", root=str(tmp_path)), "val")
 
 
 def test_images_in_linked_folders_train(tmp_path):

@@ -357,6 +357,28 @@ def test_a_prediction_on_its_side_is_refused(tmp_path):
             evaluate_predictions(tmp_path / "pred", data, protocol)
 
 
+def test_a_score_says_what_it_does_not_compare_with(voc_predictions, capsys):
+    for options, words in (
+        ([], "the official set has 1449 images, not 2: published scores do not compare"),
+        (
+            ["--protocol", "native"],
+            "published scores are of other protocols than native at 320 px: they do not compare",
+        ),
+        (["--size", "64"], "published scores are of other protocols than transfgu at 64 px: they do not compare"),
+    ):
+        assert main([*voc_predictions, *options]) == 0
+        assert words in capsys.readouterr().out
+
+
+def test_no_image_is_no_score(tmp_path):
+    data = halves(tmp_path, "a")
+    (tmp_path / "data/images/a.jpg").write_bytes(b"")
+    with pytest.raises(
+        ValueError, match=r"none of 1 images could be scored: cannot decode .*a\.jpg: the file is empty"
+    ):
+        evaluate(lambda images: torch.zeros(len(images), 2, 4, 4), data, "native")
+
+
 def test_labels_of_one_class_are_no_score(tmp_path):
     halves(tmp_path, "a")
     fixtures.write_grey(tmp_path / "data/masks/a.png", np.where(LABEL == 1, 255, 0))
