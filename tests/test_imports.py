@@ -22,7 +22,7 @@ FAMILY = (
     ["functional"],
     ["ops"],
     ["eager", "reference", "triton", "resize"],
-    ["spec", "labels", "layout", "launch"],
+    ["spec", "labels", "layout", "launch", "checks"],
 )
 METHOD = (
     ["dmsa.cli"],
