@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import io
 import sys
 
 COMMANDS = {
@@ -15,6 +14,7 @@ COMMANDS = {
     "pretrain": ("dmsa.commands.pretrain", "make a backbone for people without DINO weights"),
     "eval": ("dmsa.commands.eval", "score a checkpoint, or a folder of predicted masks of any method"),
     "predict": ("dmsa.commands.predict", "segment images with a checkpoint: palette PNGs and overlays"),
+    "refine": ("dmsa.commands.refine", "refine a folder of pseudo masks along the edges of their photographs"),
     "export": ("dmsa.commands.export", "write a checkpoint's segmenter for deployment"),
     "ablate": ("dmsa.commands.ablate", "run the paper's ablation on the embedded set"),
 }
@@ -43,8 +43,6 @@ def needs_extra(error: ModuleNotFoundError) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run ``dmsa`` with ``argv`` (default: the process's arguments) and return the exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    if isinstance(sys.stdout, io.TextIOWrapper):  # names that are not UTF-8, or terminals that are not
-        sys.stdout.reconfigure(errors="backslashreplace")
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0

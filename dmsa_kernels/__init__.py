@@ -10,6 +10,7 @@ from dmsa_kernels.refine import (
     Affinity,
     AffinitySpec,
     LocalConsistencyModule,
+    certainty,
     local_affinity,
     propagate,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "DepthwiseASPP",
     "LocalConsistencyModule",
     "__version__",
+    "certainty",
     "local_affinity",
     "multi_dilation_dwconv",
     "propagate",

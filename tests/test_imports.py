@@ -19,15 +19,17 @@ KERNELS = (
 FAMILY = (
     ["warmup"],
     ["modules", "convert"],
-    ["functional"],
+    ["functional", "fitted"],
+    ["certainty"],
     ["ops"],
     ["eager", "reference", "triton", "resize"],
-    ["spec", "labels", "layout", "launch", "checks"],
+    ["checks"],
+    ["spec", "labels", "layout", "launch"],
 )
 METHOD = (
     ["dmsa.cli"],
     ["dmsa.commands"],
-    ["dmsa.training", "dmsa.pretrain"],
+    ["dmsa.training", "dmsa.pretrain", "dmsa.refinement"],
     ["dmsa.scoring"],
     ["dmsa.labels"],
     ["dmsa.visualize"],

@@ -7,6 +7,7 @@ so that the public function and the folder can share the field's name.
 import sys
 from types import ModuleType
 
+from dmsa_kernels.refine.certainty import certainty
 from dmsa_kernels.refine.functional import Affinity, local_affinity, propagate, refine
 from dmsa_kernels.refine.modules import LCM, PAMR, PAR, LocalConsistencyModule
 from dmsa_kernels.refine.spec import AffinitySpec
@@ -18,6 +19,7 @@ __all__ = [
     "Affinity",
     "AffinitySpec",
     "LocalConsistencyModule",
+    "certainty",
     "local_affinity",
     "propagate",
     "refine",

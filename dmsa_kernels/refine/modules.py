@@ -8,17 +8,22 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from dmsa_kernels.refine import spec as presets
 from dmsa_kernels.refine.checks import check_dilations, check_options
+from dmsa_kernels.refine.fitted import fitted_preset
 from dmsa_kernels.refine.functional import refine
 from dmsa_kernels.refine.reference import neighbour
-from dmsa_kernels.refine.spec import NEIGHBOUR_OFFSETS, AffinitySpec, fitted_preset, offsets, resolve_spec
+from dmsa_kernels.refine.spec import NEIGHBOUR_OFFSETS, AffinitySpec, offsets, resolve_spec
+
+if TYPE_CHECKING:
+    # a share, a map, or a function of masks and valid_classes that gives one
+    Anchor = float | Tensor | Callable[[Tensor, Tensor | None], Tensor]
 
 
 def _shift_kernel(*, centre: float = 0.0, neighbour: float = 1.0, keep_centre_tap: bool = False) -> Tensor:
@@ -58,7 +63,8 @@ class _Refinement(nn.Module):
         spec: other constants than the module's own, a preset's name or an :class:`AffinitySpec`.
         resize: ``"masks"``, ``"image"`` or ``"none"``; see :func:`dmsa_kernels.refine`.
         stride: pixels of the cells that the masks are averages over; see :func:`dmsa_kernels.refine`.
-        anchor: share of the first masks that every iteration keeps, in [0, 1).
+        anchor: share of the first masks that every iteration keeps, in [0, 1), or a function of the masks and
+            ``valid_classes`` that gives it.
         precision: ``"exact"`` or ``"fast"``.
         backend: ``"auto"``, ``"triton"``, ``"eager"`` or ``"reference"``.
 
@@ -74,13 +80,19 @@ class _Refinement(nn.Module):
         spec: AffinitySpec | str,
         resize: str = "masks",
         stride: float | Sequence[float] | None = None,
-        anchor: float = 0.0,
+        anchor: Anchor = 0.0,
         precision: str = "exact",
         backend: str = "auto",
     ):
         super().__init__()
         checked, *_ = check_options(
-            dilations, num_iter, resize=resize, precision=precision, backend=backend, stride=stride, anchor=anchor
+            dilations,
+            num_iter,
+            resize=resize,
+            precision=precision,
+            backend=backend,
+            stride=stride,
+            anchor=0.0 if callable(anchor) else anchor,
         )
         # a list stays the caller's, as in the code that is replaced; an iterator could be read only once
         self.dilations: Sequence[int] = dilations if isinstance(dilations, (list, tuple)) else checked
@@ -97,9 +109,12 @@ class _Refinement(nn.Module):
         """The constants used by the next call."""
         return self._spec
 
-    def _refine(self, image: Tensor, masks: Tensor, anchor: float | Tensor | None, **options: Any) -> Any:
+    def _refine(self, image: Tensor, masks: Tensor, anchor: Anchor | None, **options: Any) -> Any:
         if isinstance(masks, Tensor) and masks.is_floating_point() and masks.dtype != torch.float64:
             masks = masks.float()
+        anchor = self.anchor if anchor is None else anchor
+        if callable(anchor):
+            anchor = anchor(masks, options.get("valid_classes"))
         return refine(
             image,
             masks,
@@ -108,7 +123,7 @@ class _Refinement(nn.Module):
             spec=self.spec,
             resize=self.resize,
             stride=self.stride,
-            anchor=self.anchor if anchor is None else anchor,
+            anchor=anchor,
             precision=self.precision,
             backend=self.backend,
             **options,
@@ -118,7 +133,7 @@ class _Refinement(nn.Module):
         shown = f"dilations={list(self.dilations)}, num_iter={self.num_iter}, resize={self.resize!r}"
         if self.stride is not None:
             shown += f", stride={self.stride}"
-        if isinstance(self.anchor, Tensor) or self.anchor != 0:
+        if isinstance(self.anchor, Tensor) or callable(self.anchor) or self.anchor != 0:
             shown += f", anchor={self.anchor}"
         return shown
 
@@ -134,7 +149,7 @@ class _WithNeighbours(_Kernel, _Refinement):
         """The P neighbours ``[B, C, P, H, W]`` of every pixel of x ``[B, C, H, W]``, which no refinement here needs."""
         return torch.stack([neighbour(x, dy, dx) for dy, dx in offsets(list(self.dilations))], 2)
 
-    def _refine(self, image: Tensor, masks: Tensor, anchor: float | Tensor | None, **options: Any) -> Any:
+    def _refine(self, image: Tensor, masks: Tensor, anchor: Anchor | None, **options: Any) -> Any:
         if _overrides(self, _WithNeighbours, "get_dilated_neighbors"):
             raise TypeError(
                 f"{type(self).__name__} overrides get_dilated_neighbors, which the fused refinement does not call:"
@@ -234,7 +249,7 @@ class PAR(_WithNeighbours):
         imgs: Tensor,
         masks: Tensor,
         *,
-        anchor: float | Tensor | None = None,
+        anchor: Anchor | None = None,
         valid_classes: Tensor | None = None,
         return_labels: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
@@ -285,7 +300,7 @@ class LocalConsistencyModule(_WithNeighbours):
         imgs: Tensor,
         pred_phis: Tensor,
         *,
-        anchor: float | Tensor | None = None,
+        anchor: Anchor | None = None,
         valid_classes: Tensor | None = None,
         return_labels: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
@@ -393,7 +408,7 @@ class PAMR(_Refinement):
         x: Tensor,
         mask: Tensor,
         *,
-        anchor: float | Tensor | None = None,
+        anchor: Anchor | None = None,
         valid_classes: Tensor | None = None,
         return_labels: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:

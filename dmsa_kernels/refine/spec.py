@@ -86,41 +86,6 @@ LCM = AffinitySpec(position_weight=0.0)
 PRESETS = {"par": PAR, "pamr": PAMR, "lcm": LCM}
 
 
-@dataclass(frozen=True)
-class FittedPreset:
-    """Settings of the refinement that were fitted for masks of one kind; :meth:`dmsa_kernels.PAR.for_stride` uses them.
-
-    Attributes:
-        dilations: in pixels.
-        num_iter: iterations T.
-        anchor: share of the first masks that every iteration keeps, in [0, 1).
-        spec: constants of the affinity.
-    """
-
-    dilations: tuple[int, ...]
-    num_iter: int
-    anchor: float = 0.0
-    spec: AffinitySpec = PAR
-
-
-FITTED = {
-    8: FittedPreset((1, 2, 4, 8), 10, anchor=0.2),
-    16: FittedPreset((1, 2, 4, 8), 10),
-}
-"""Presets by the side in pixels of the cells that the masks are averages over."""
-
-
-def fitted_preset(stride: float) -> FittedPreset:
-    """Return the preset of the side that differs from ``stride`` by the smallest factor.
-
-    Raises:
-        ValueError: ``stride`` is not a number from 4 to 64 pixels.
-    """
-    if isinstance(stride, bool) or not isinstance(stride, numbers.Real) or not 4 <= stride <= 64:
-        raise ValueError(f"{stride=} must be a number from 4 to 64 pixels; there is no fitted preset for others")
-    return FITTED[min(FITTED, key=lambda side: abs(math.log(side / stride)))]
-
-
 def resolve_spec(spec: AffinitySpec | str) -> AffinitySpec:
     """Return ``spec`` itself, or the preset of that name (``"par"``, ``"pamr"``, ``"lcm"``).
 

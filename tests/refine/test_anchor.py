@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from dmsa_kernels import PAMR, PAR, AffinitySpec, LocalConsistencyModule, local_affinity, propagate
+from dmsa_kernels import PAMR, PAR, LocalConsistencyModule, local_affinity, propagate
 from dmsa_kernels.refine import refine
-from dmsa_kernels.refine.spec import FITTED, fitted_preset
-from tests.helpers import LargestTensor, brute_propagate, registered, require_backend
+from dmsa_kernels.refine.fitted import fitted_preset
+from tests.helpers import LargestTensor, brute_propagate, require_backend
 
 OPS = torch.ops.dmsa_kernels
 BACKENDS = ("reference", "eager", "triton")
@@ -105,7 +105,6 @@ def test_gradients(backend, leaves):
         assert (actual - expected).norm() <= 1e-5 * expected.norm()
 
 
-@registered
 @pytest.mark.parametrize("num_iter", [0, 1, 3])
 @pytest.mark.parametrize("valid", [None, torch.tensor([[True, False, True]])])
 @pytest.mark.parametrize("backend", ["eager", "reference"])
@@ -129,7 +128,6 @@ def test_the_gradient_of_one_number():
     assert torch.autograd.gradcheck(lambda a: refine(image, masks, [1], 2, anchor=a), anchor)
 
 
-@registered
 @pytest.mark.parametrize("backend", ["eager", "triton"])
 def test_opcheck(backend):
     require_backend(backend)
@@ -146,7 +144,6 @@ def test_opcheck(backend):
     )
 
 
-@registered
 def test_compiles_without_graph_breaks():
     image, masks, anchor = rand(1, 3, 12, 16), rand(1, 3, 3, 4, seed=1), rand(1, 1, 12, 16) / 2
 
@@ -298,13 +295,11 @@ def test_for_stride(stride):
     assert (par.dilations, par.num_iter) == (list(preset.dilations), preset.num_iter)
     assert (par.anchor, par.stride, par.spec) == (preset.anchor, stride, preset.spec)
     image, masks = rand(1, 3, 2 * stride, 3 * stride), rand(1, 2, 2, 3, seed=1)
-    options = {"spec": preset.spec, "anchor": preset.anchor, "stride": stride}
+    options = {"spec": preset.spec, "anchor": preset.anchor(masks), "stride": stride}
     assert torch.equal(par(image, masks), refine(image, masks, preset.dilations, preset.num_iter, **options))
 
 
-def test_fitted_presets_are_chosen_by_ratio():
-    assert all(fitted_preset(side) is preset for side, preset in FITTED.items())
-    assert all(isinstance(preset.spec, AffinitySpec) for preset in FITTED.values())
+def test_presets_are_fitted_from_4_to_64_pixels():
     for stride in (3, 65, "16", True):
         with pytest.raises(ValueError, match=r"must be a number from 4 to 64 pixels"):
             PAR.for_stride(stride)
