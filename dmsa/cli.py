@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import sys
 
 COMMANDS = {
@@ -43,6 +44,8 @@ def needs_extra(error: ModuleNotFoundError) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run ``dmsa`` with ``argv`` (default: the process's arguments) and return the exit status."""
     argv = sys.argv[1:] if argv is None else argv
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names that are not UTF-8, or terminals that are not
+        sys.stdout.reconfigure(errors="backslashreplace")
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from dmsa.data.classes import Classes
 
 IGNORE_COLOUR = (224, 224, 192)
+PIXELS_AT_ONCE = 2**20  # that are mixed or measured in floating point
 PANEL_TITLES = ("image", "CAM", "teacher", "refined", "prediction", "ground truth")
 
 
@@ -47,12 +49,16 @@ def heatmap(values: np.ndarray) -> np.ndarray:
 
 def overlay(image: np.ndarray, labels: np.ndarray, palette: np.ndarray, opacity: float = 0.55) -> np.ndarray:
     """Return `image` (uint8 `[H, W, 3]`) with the colours of `labels` (`[H, W]`) laid over it, edges drawn in white."""
-    mixed = image * (1 - opacity) + colourise(labels, palette) * opacity
+    mixed = colourise(labels, palette)
+    rows = max(1, PIXELS_AT_ONCE // max(1, labels.shape[1]))
+    for top in range(0, len(labels), rows):
+        part = np.s_[top : top + rows]
+        mixed[part] = image[part] * (1 - opacity) + mixed[part] * opacity + 0.5
     edge = np.zeros(labels.shape, dtype=bool)
     edge[:, 1:] |= labels[:, 1:] != labels[:, :-1]
     edge[1:] |= labels[1:] != labels[:-1]
     mixed[edge] = 255
-    return (mixed + 0.5).astype(np.uint8)
+    return mixed
 
 
 def name_regions(
@@ -69,6 +75,9 @@ def name_regions(
     canvas = Image.fromarray(picture)
     draw = ImageDraw.Draw(canvas)
     font = ImageFont.load_default(size=max(10, min(canvas.size) // 24))
+    # Areas and centres of a large picture are taken from every n-th pixel, for the sake of memory.
+    step = math.ceil(math.sqrt(labels.size / PIXELS_AT_ONCE)) or 1
+    labels = labels[::step, ::step]
     for label in np.unique(labels):
         if label >= len(classes):
             continue
@@ -76,7 +85,7 @@ def name_regions(
         if len(rows) < smallest * labels.size:
             continue
         nearest = np.argmin((rows - rows.mean()) ** 2 + (columns - columns.mean()) ** 2)
-        position = (int(columns[nearest]), int(rows[nearest]))
+        position = (step * int(columns[nearest]), step * int(rows[nearest]))
         left, top, right, bottom = draw.textbbox(position, classes[label], font=font, anchor="mm")
         # Keep the words inside the picture.
         shift_x = max(0, 2 - left) - max(0, right + 2 - canvas.width)

@@ -1,12 +1,27 @@
-"""What differs between the supported versions of PyTorch and Triton; nothing else asks for a version."""
+"""What differs between the supported versions of PyTorch and Triton; nothing else asks for a version.
+
+Operators are registered with PyTorch from 2.4 on. Before, :func:`operator` makes an ``autograd.Function`` of the same
+pieces: everything works but ``torch.compile`` without graph breaks and what needs fake tensors.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
 OLDEST_TRITON = (3, 0)
+TORCH = tuple(int(number) for number in torch.__version__.split("+")[0].split(".")[:2])
+REGISTERS_OPERATORS = TORCH >= (2, 4)
+
+_LIBRARY = torch.library.Library("dmsa_kernels", "FRAGMENT")
 
 
 @functools.cache
@@ -21,3 +36,98 @@ def triton_version() -> tuple[int, int] | None:
             continue
         return int(major), int(minor)
     return OLDEST_TRITON  # importable without metadata: built by hand, so the import itself will tell
+
+
+def operator(
+    schema: str,
+    implementation: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    setup: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
+    """Make the operator ``dmsa_kernels::<schema>`` and return what calls it, with positional arguments.
+
+    Args:
+        schema: name, arguments and results in PyTorch's schema language.
+        implementation: computes the results, on any device.
+        fake: allocates them with their shapes, strides and dtypes.
+        setup: ``setup(ctx, inputs, output)`` keeps what ``backward`` needs.
+        backward: ``backward(ctx, *grads)`` returns one gradient, or ``None``, for each input.
+    """
+    if not REGISTERS_OPERATORS:
+        return _function(schema, implementation, fake, setup, backward)
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema)
+    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"dmsa_kernels::{name}", fake, lib=_LIBRARY)
+    if backward is not None:
+        torch.library.register_autograd(f"dmsa_kernels::{name}", backward, setup_context=setup, lib=_LIBRARY)
+    return getattr(torch.ops.dmsa_kernels, name).default
+
+
+def _function(
+    schema: str,
+    implementation: Callable[..., Any],
+    fake: Callable[..., Any],
+    setup: Callable[..., None] | None,
+    backward: Callable[..., Any] | None,
+) -> Callable[..., Any]:
+    """:func:`operator` without registration."""
+
+    def run(*args: Any) -> Any:
+        on_meta = any(isinstance(arg, Tensor) and arg.is_meta for arg in args)
+        return fake(*args) if on_meta else implementation(*args)
+
+    if backward is None:
+        return torch.no_grad()(run)
+
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        """One call for each entry of the batch, as for a registered operator."""
+        results = [
+            apply(
+                *(
+                    arg if not isinstance(arg, Tensor) or d is None else arg.select(d, i)
+                    for arg, d in zip(args, in_dims)
+                )
+            )
+            for i in range(info.batch_size)
+        ]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        return tuple(map(torch.stack, zip(*results))), (0,) * len(results[0])
+
+    members = {
+        "forward": staticmethod(run),
+        "setup_context": staticmethod(setup or (lambda ctx, inputs, output: None)),
+        "backward": staticmethod(backward),
+        "vmap": staticmethod(vmap),
+    }
+    apply = type(schema.partition("(")[0], (torch.autograd.Function,), members).apply  # type: ignore[attr-defined]
+    return apply
+
+
+def tangent(x: Tensor) -> Tensor | None:
+    """Return the forward-mode derivative that ``x`` carries; the compiler traces without."""
+    compiling = getattr(torch.compiler, "is_compiling", None)
+    if compiling is not None and compiling():
+        return None
+    return forward_ad.unpack_dual(x).tangent
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """Return the dtype to which autocast brings floating-point arguments on a device, or ``None`` where it is off."""
+    if device_type not in ("cpu", "cuda"):  # meta tensors know none
+        return None
+    if TORCH >= (2, 4):
+        return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+    if device_type == "cpu":
+        return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else None
+    return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else None
+
+
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
+    """Switch autocast off on a device, if it is on."""
+    if autocast_dtype(device_type) is None:
+        return contextlib.nullcontext()
+    return torch.autocast(device_type, enabled=False)

@@ -10,12 +10,19 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten
 
 from dmsa_kernels.backend import why_not_triton
+from dmsa_kernels.compat import REGISTERS_OPERATORS
 from dmsa_kernels.refine import AffinitySpec
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
+
+
+registered = pytest.mark.skipif(
+    not REGISTERS_OPERATORS, reason=f"torch {torch.__version__}: operators are registered from 2.4 on"
+)
+"""Marks a test of what only a registered operator has: torch.ops, opcheck, fakes, the compiler's full graph."""
 
 
 def require_backend(backend: str) -> None:
@@ -128,7 +135,7 @@ class LargestTensor(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         self.operators.add(str(func))
-        for leaf in tree_leaves(result):
+        for leaf in tree_flatten(result)[0]:
             if isinstance(leaf, Tensor):
                 size = leaf.untyped_storage().nbytes() // leaf.element_size()
                 self.elements = max(self.elements, size)

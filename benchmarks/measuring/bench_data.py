@@ -159,7 +159,7 @@ def histogram_at_once(predictions: torch.Tensor, labels: torch.Tensor) -> torch.
     histogram = Histogram(CLASSES)
     for pred, ids in zip(predictions.numpy(), labels.numpy(), strict=True):
         histogram.update(pred, map_label(ids, lut, "synthetic"))
-    return torch.from_numpy(np.asarray(histogram.reduce()))
+    return torch.from_numpy(histogram.counts)
 
 
 def rows(device: torch.device, *, full: bool) -> list[Row]:

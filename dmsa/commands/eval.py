@@ -11,9 +11,10 @@ from typing import Any, Literal
 from dmsa import distributed
 from dmsa.config import DataConfig
 from dmsa.data import build
-from dmsa.scoring.evaluate import evaluate, evaluate_predictions
+from dmsa.files import claim_outputs
+from dmsa.scoring.evaluate import Predicted255, evaluate, evaluate_predictions
 from dmsa.scoring.protocols import Protocol
-from dmsa.scoring.table import Report
+from dmsa.scoring.table import REPORT_FILES, Report
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,16 @@ class EvalOptions:
     """Match predicted ids to classes (one Hungarian match); off: predictions are class ids already."""
     allow_missing: bool = False
     """Score a folder although some images have no prediction; the report says how many."""
+    predicted_255: Predicted255 = "refuse"
+    """255 in a predicted mask where the label is a class: an error, a pixel that is not scored, or a miss."""
     method: str | None = None
     """Name of this row in the tables."""
     format: Literal["text", "markdown", "json"] = "text"
     """What is printed."""
     out: str | None = None
     """Folder for eval.txt, eval.md, eval.json and confusion.png."""
+    force: bool = False
+    """Replace such files if they are there already."""
     batch: int = 16
     """Images per forward pass."""
     workers: int = 2
@@ -64,13 +69,15 @@ def main(argv: list[str]) -> int:
         raise ValueError(
             "expected one of --predictions and --checkpoint, got " + ("both" if options.checkpoint else "none")
         )
+    if options.out is not None:
+        claim_outputs(options.out, REPORT_FILES, force=options.force)  # before the time that the evaluation takes
     with distributed.process_group():
         report = _run(options)
         if not distributed.is_main():
             return 0
         print({"text": report.text, "markdown": report.markdown, "json": report.json}[options.format]())
         if options.out is not None:
-            written = report.write(options.out)
+            written = report.write(options.out, options.force)
             print(f"wrote {', '.join(map(str, written))}", file=sys.stderr)
     return 0
 
@@ -104,6 +111,7 @@ def _run(options: EvalOptions) -> Report:
             protocol,
             match=options.match,
             allow_missing=options.allow_missing,
+            predicted_255=options.predicted_255,
             method=options.method,
             **common,
         )

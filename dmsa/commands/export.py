@@ -15,9 +15,11 @@ import tyro
 from torch import Tensor
 
 from dmsa.config import to_dict
-from dmsa.files import write_atomically
+from dmsa.files import claim_outputs, write_atomically
 from dmsa.models.export import Deployed, run_onnx, to_onnx, to_program
 from dmsa.scoring.predictor import Predictor, load_predictor
+
+FILES = {"safetensors": "model.safetensors", "torch": "model.pt2", "onnx": "model.onnx"}
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class ExportOptions:
     """Side in pixels of the input; that of the run's evaluation if unset."""
     batch: int = 1
     """Images per call of the program and the graph."""
+    force: bool = False
+    """Replace files that are there already."""
     tolerance: float = 1e-4
     """Largest difference to the trained model's scores that passes the check."""
 
@@ -71,35 +75,37 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"--size={size} must be a multiple of the encoder's patch size {patch}")
     if options.batch < 1:
         raise ValueError(f"--batch={options.batch} must be at least 1")
+    formats = [name for name in FILES if name in options.formats]
+    if "onnx" in formats and importlib.util.find_spec("onnx") is None:
+        print("model.onnx: not written, onnx is not installed (pip install onnx)")
+        formats.remove("onnx")
+    files = [FILES[name] for name in formats]
+    facts_file, *model_files = claim_outputs(options.out, ["model.json", *files], force=options.force)
+    paths = dict(zip(formats, model_files, strict=True))
     order = predictor.assignment or range(predictor.classes.num_classes)
     model = Deployed(predictor.segmenter, predictor.rates((size // patch, size // patch)), list(order)).eval()
     example = torch.randn(options.batch, 3, size, size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = model(example)
-    folder = Path(options.out)
-    folder.mkdir(parents=True, exist_ok=True)
     facts = describe(predictor, model, size)
-    _write(folder / "model.json", json.dumps(facts, indent=1).encode())
+    _write(facts_file, json.dumps(facts, indent=1).encode())
     program = None
-    if {"torch", "onnx"} & set(options.formats):
+    if {"torch", "onnx"} & set(formats):
         program = to_program(model, example)
-    if "safetensors" in options.formats:
-        _write_safetensors(folder / "model.safetensors", model, facts, example, expected, options.tolerance)
-    if "torch" in options.formats:
+    if "safetensors" in formats:
+        _write_safetensors(paths["safetensors"], model, facts, example, expected, options.tolerance)
+    if "torch" in formats:
         stream = io.BytesIO()
         torch.export.save(program, stream)
         loaded = torch.export.load(io.BytesIO(stream.getvalue())).module()
         _check("model.pt2", lambda: loaded(example).detach(), expected, options.tolerance)
-        _write(folder / "model.pt2", stream.getvalue())
-    if "onnx" in options.formats:
-        if importlib.util.find_spec("onnx") is None:
-            print("model.onnx: not written, onnx is not installed (pip install onnx)")
-        else:
-            content = to_onnx(program, example)
-            got = torch.from_numpy(run_onnx(content, example.numpy()))
-            _check("model.onnx", lambda: got, expected, options.tolerance)
-            _write(folder / "model.onnx", content)
-    print(f"wrote {folder}: input [{options.batch}, 3, {size}, {size}], {predictor.classes.num_classes} classes")
+        _write(paths["torch"], stream.getvalue())
+    if "onnx" in formats:
+        content = to_onnx(program, example)
+        got = torch.from_numpy(run_onnx(content, example.numpy()))
+        _check("model.onnx", lambda: got, expected, options.tolerance)
+        _write(paths["onnx"], content)
+    print(f"wrote {options.out}: input [{options.batch}, 3, {size}, {size}], {predictor.classes.num_classes} classes")
     return 0
 
 

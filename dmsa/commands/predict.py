@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import glob
+import os
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +16,8 @@ import tyro
 from PIL import Image
 
 from dmsa.data.images import CorruptImageError, as_rgb, open_image
-from dmsa.data.listing import IMAGE_SUFFIXES, few
-from dmsa.files import write_atomically
+from dmsa.data.listing import IMAGE_SUFFIXES, few, list_files
+from dmsa.files import claim_outputs, write_atomically
 from dmsa.scoring.predictor import load_predictor
 from dmsa.visualize import name_regions, overlay, png_bytes
 
@@ -32,22 +34,34 @@ class PredictOptions:
     """Folder for NAME.png (class ids, VOC-style palette) and NAME_overlay.png."""
     overlay: bool = True
     """Also write the overlays."""
+    force: bool = False
+    """Replace results that are there already (never the images)."""
 
 
-def find_images(words: Sequence[str]) -> list[Path]:
-    """Return the image files that files, folders and patterns name, in order and once each.
+def find_images(words: Sequence[str], out: str) -> list[Path]:
+    """Return the image files that files, folders and patterns name, in order and once each; say what is left out.
+
+    Args:
+        words: as the user gave them.
+        out: folder of the results, which are no images.
 
     Raises:
         FileNotFoundError: a word that names nothing.
-        ValueError: no words.
+        ValueError: no words, or a folder of images that is `out`.
     """
     if not words:
         raise ValueError("IMAGES is empty: name image files, folders or patterns")
-    found: dict[Path, None] = {}
+    found: dict[str, Path] = {}
     for word in words:
         path = Path(word)
         if path.is_dir():
-            inside = sorted(item for item in path.rglob("*") if item.suffix.lower() in IMAGE_SUFFIXES)
+            results = os.path.relpath(os.path.realpath(out), os.path.realpath(path))
+            if results == ".":
+                raise ValueError(f"--out={out!r} is a folder of images; choose another, or results would be among them")
+            listing = list_files(path, IMAGE_SUFFIXES, skip=(Path(results).as_posix(),))
+            for note in listing.notes():
+                print(note, file=sys.stderr)
+            inside = [path / name for name in listing.files]
         elif path.is_file():
             inside = [path]
         else:
@@ -57,37 +71,42 @@ def find_images(words: Sequence[str]) -> list[Path]:
                 f"IMAGES={word!r} is no image, no folder with images ({', '.join(IMAGE_SUFFIXES)}) and no pattern that "
                 "matches one"
             )
-        found.update(dict.fromkeys(inside))
-    return list(found)
+        found.update({os.path.abspath(item): item for item in inside})
+    return list(found.values())
 
 
 def output_names(paths: Sequence[Path]) -> list[str]:
-    """Return a name for every file: its stem, with as many folders before it as it takes to tell them apart."""
-    depth = 1
-    names = [path.stem for path in paths]
+    """Return a name for every file: its stem, and what it takes to tell them apart.
+
+    That is the ending, where two in one folder differ by nothing else, and as many folders before the name as needed.
+    Names may still be equal in the end (`x_a.jpg` beside `x/a.jpg` and `a.jpg`).
+    """
+    in_folder = Counter(path.with_suffix("") for path in paths)
+    own = [f"{p.stem}_{p.suffix[1:]}" if in_folder[p.with_suffix("")] > 1 else p.stem for p in paths]
+    names, depth = own, 0
     while len(set(names)) < len(names) and depth < max(len(path.parts) for path in paths):
         depth += 1
-        counts = {name: names.count(name) for name in names}
+        counts = Counter(names)
         names = [
-            "_".join([*path.parent.parts[1 - depth :], path.stem]).replace("/", "") if counts[name] > 1 else name
-            for path, name in zip(paths, names, strict=True)
+            "_".join([*path.parent.parts[-depth:], last]).replace("/", "") if counts[name] > 1 else name
+            for path, last, name in zip(paths, own, names, strict=True)
         ]
-    if len(set(names)) < len(names):
-        names = [f"{path.stem}_{path.suffix[1:]}" for path in paths]
     return names
 
 
 def main(argv: list[str]) -> int:
     """Run `dmsa predict` with `argv` and return the exit status: 1 if an image could not be read."""
     options = tyro.cli(PredictOptions, args=argv, prog="dmsa predict")
-    paths = find_images(options.images)
+    paths = find_images(options.images, options.out)
+    kinds = ("", "_overlay") if options.overlay else ("",)
+    stems = output_names(paths)
     predictor = load_predictor(options.checkpoint)
     folder = Path(options.out)
-    folder.mkdir(parents=True, exist_ok=True)
+    claim_outputs(folder, [f"{stem}{kind}.png" for stem in stems for kind in kinds], inputs=paths, force=options.force)
     palette = predictor.classes.palette
     names = predictor.classes.classes if predictor.assignment is not None else predictor.names
     broken = []
-    for path, name in zip(paths, output_names(paths), strict=True):
+    for path, name in zip(paths, stems, strict=True):
         try:
             with open_image(path) as opened:
                 picture = as_rgb(opened)

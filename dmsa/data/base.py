@@ -165,6 +165,12 @@ class SegmentationData(Dataset):
         return len(self._names) * self.repeat
 
     @property
+    def kinds(self) -> list[str]:
+        """`background`, `thing` or `stuff`, one a class."""
+        background = ["background"] * self.things_only
+        return [*background, *["thing"] * self.n_things, *["stuff"] * self.n_stuff]
+
+    @property
     def images(self) -> int:
         """Number of different images."""
         return len(self._names)

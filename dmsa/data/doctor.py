@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
 from dmsa.config import DataConfig
 from dmsa.data import SPLITS, build
+from dmsa.data.base import IGNORE
+from dmsa.data.images import oddities, orientation, upright_size
 from dmsa.data.listing import few
 from dmsa.data.sources import FILE_SETS, SPLIT_IMAGES, items
 
@@ -24,6 +31,12 @@ class Split:
     """Images of the official release."""
     labels_from: str | None
     error: str | None
+    left_out: list[str]
+    """What was found beside the images and is not used, and why."""
+    decoded: str | None
+    """What decoding everything showed; `None` unless asked for."""
+    unusual: list[str]
+    """Unusual kinds of images, each with its number and the first few; empty unless asked for."""
     broken: list[str]
     """Images and labels that cannot be decoded or hold unknown ids, with the reason; empty unless asked for."""
 
@@ -34,6 +47,8 @@ class Finding:
 
     name: str
     files: list[dict[str, Any]]
+    classes: list[str]
+    """Names in the order of the ids, each of the user's own with its kind."""
     splits: list[Split]
 
     @property
@@ -52,16 +67,60 @@ class Finding:
         return any(file["count"] is not None for file in self.files)
 
 
-def _broken(data: Any) -> list[str]:
-    def check(index: int) -> str | None:
-        try:
-            data.raw(index)
-        except (ValueError, OSError) as error:
-            return str(error)
-        return None
+@dataclass(frozen=True)
+class _Seen:
+    """What decoding one image and its label showed."""
 
+    name: str
+    error: str | None = None
+    size: tuple[int, int] | None = None
+    ids: np.ndarray | None = None
+    """Pixels by id, int64 `[256]`."""
+    odd: tuple[str, ...] = ()
+
+
+def _look(data: Any, index: int) -> _Seen:
+    name = data.image_name(index)
+    try:
+        pixels, label = data.raw(index)
+        odd = []
+        opened = data.open(index)
+        if isinstance(opened, Image.Image):
+            with opened:
+                odd = oddities(opened)
+                if upright_size(opened) != pixels.shape[:2]:
+                    odd[0] = f"on their side (EXIF orientation {orientation(opened)}), and so are their labels"
+    except (ValueError, OSError) as error:
+        return _Seen(name, str(error))
+    ids = None if label is None else np.bincount(label.ravel(), minlength=256)
+    return _Seen(name, None, pixels.shape[:2], ids, tuple(odd))
+
+
+def _decode(data: Any) -> tuple[str, list[str], list[str]]:
+    """Decode everything; return what was decoded in a sentence, what is unusual, and what is broken."""
     with ThreadPoolExecutor(4) as pool:  # Pillow decodes without the interpreter's lock
-        return [reason for reason in pool.map(check, range(data.images)) if reason is not None]
+        seen = list(pool.map(lambda index: _look(data, index), range(data.images)))
+    broken = [look.error for look in seen if look.error is not None]
+    good = [look for look in seen if look.error is None]
+    if not good:
+        return f"decoded none of {len(seen)} images", [], broken
+    smallest, largest = (choose((look.size for look in good), key=math.prod) for choose in (min, max))
+    summary = f"decoded {len(good)} images of {'{} x {}'.format(*smallest)} to {'{} x {}'.format(*largest)} pixels"
+    odd = defaultdict(list)
+    for look in good:
+        for what in look.odd:
+            odd[what].append(look.name)
+    ids = sum(look.ids for look in good if look.ids is not None)
+    if not isinstance(ids, int):
+        occur = np.flatnonzero(ids[: data.num_classes])
+        absent = [name for k, name in enumerate(data.classes) if not ids[k]]
+        summary += f"; {len(occur)} of {data.num_classes} classes occur in their labels"
+        summary += f" (not {few(absent, 3)})" if absent and len(occur) else ""
+        summary += f", {100 * ids[IGNORE] / ids.sum():.1f} % of the pixels are 255 (ignored)"
+        if len(occur) < min(2, data.num_classes):
+            alone = few([data.classes[k] for k in occur]) or "no class"
+            broken.append(f"all labels together hold {alone} alone, beside 255 (binary masks are 0 and 1)")
+    return summary, [f"{len(names)} {what} ({few(names, 3)})" for what, names in sorted(odd.items())], broken
 
 
 def examine(name: str, root: str | None, decode: bool = False) -> Finding:
@@ -80,17 +139,19 @@ def examine(name: str, root: str | None, decode: bool = False) -> Finding:
                     "needed": item.needed,
                 }
             )
-    splits = []
+    splits, classes = [], []
     for split in SPLITS:
         official = SPLIT_IMAGES.get(name, {}).get(split)
         try:
             data = build(DataConfig(name=name, root=root), split)
         except (ValueError, OSError) as error:
-            splits.append(Split(split, 0, official, None, str(error), []))
+            splits.append(Split(split, 0, official, None, str(error), [], None, [], []))
             continue
-        broken = _broken(data) if decode else []
-        splits.append(Split(split, data.images, official, data.labels_from, None, broken))
-    return Finding(name, files, splits)
+        decoded, unusual, broken = _decode(data) if decode else (None, [], [])
+        images, labels_from = data.images, data.labels_from
+        splits.append(Split(split, images, official, labels_from, None, data.left_out, decoded, unusual, broken))
+        classes = [f"{k} {c} ({kind})" for k, (c, kind) in enumerate(zip(data.classes, data.kinds, strict=True))]
+    return Finding(name, files, classes, splits)
 
 
 def _versus(count: int, official: int | None) -> str:
@@ -116,12 +177,19 @@ def describe(finding: Finding) -> str:
     state = "usable" if finding.usable else f"NOT usable for {' and '.join(finding.bad_splits)}"
     lines = [f"{finding.name}: {state}"]
     lines += [_file_line(file) for file in finding.files]
+    if finding.name == "folder" and finding.classes:
+        lines.append(f"  {len(finding.classes)} classes: {few(finding.classes, 10)}")
     for split in finding.splits:
         if split.error is not None:
             lines.append(f"  {split.name:<5} unusable: {split.error}")
             continue
         labels = f"labels from {split.labels_from}" if split.labels_from else "no labels (cannot be scored)"
         lines.append(f"  {split.name:<5} {split.images} images{_versus(split.images, split.official)}, {labels}")
+        lines += [f"        {line}" for line in split.left_out]
+        if split.decoded:
+            lines.append(f"        {split.decoded}")
+        if split.unusual:
+            lines.append(f"        unusual: {'; '.join(split.unusual)}")
         if split.broken:
             lines.append(f"        {len(split.broken)} broken: {few(split.broken, 10)}")
     return "\n".join(lines)

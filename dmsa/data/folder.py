@@ -111,9 +111,7 @@ class Folder(SegmentationData):
         masks = root / "masks"
         left_out: list[str] = []
         if images != root and (beside := list_files(root, IMAGE_SUFFIXES, flat=True).files):
-            left_out.append(
-                f"left out: {len(beside)} images in {root} itself, since there is {images} ({few(beside, 3)})"
-            )
+            left_out.append(f"left out: {len(beside)} images in {root}, since there is {images} ({few(beside, 3)})")
         has_splits = any((images / name).is_dir() for name in SPLIT_FOLDERS)
         if has_splits:
             if not (images / split).is_dir():

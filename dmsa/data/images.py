@@ -26,6 +26,8 @@ _TURNS = {
 _SIDEWAYS = (5, 6, 7, 8)
 _ORIENTATION, _DEEP = "orientation", "16 bits"  # what is noted in `Image.info`
 _DEEP_COLOURS = re.compile("(RGB[AXa]?|LA);16")
+_GREY_STEPS = {"L;2": 85, "L;4": 17}  # by which Pillow multiplies grey of 2 and 4 bits
+_LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF")
 _COLOURS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 
 
@@ -58,13 +60,20 @@ def open_image(path: str | os.PathLike) -> Image.Image:
     except Exception as error:  # Pillow's format plugins raise whatever a broken header leads them to
         raise CorruptImageError(path, error) from error
     # Pillow keeps the upper byte of every channel; its raw mode, gone once pixels are decoded, is all that tells.
-    tiles = getattr(image, "tile", None)
-    image.info[_DEEP] = image.mode.startswith("I;16") or bool(tiles and _DEEP_COLOURS.search(str(tiles[0][-1])))
+    image.info[_DEEP] = image.mode.startswith("I;16") or _DEEP_COLOURS.search(_raw_mode(image)) is not None
     return image
+
+
+def _raw_mode(image: Image.Image) -> str:
+    """Return how the file holds the pixels, in Pillow's words; empty once they are decoded."""
+    tiles = getattr(image, "tile", None)
+    return str(tiles[0][-1]) if tiles else ""
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
     """Return an opened or decoded picture as upright RGB of 8 bits a channel; opened files are decoded here.
+
+    What it returned once, it returns as it is.
 
     Sixteen bits are divided by 256, floating point is taken as 0..1.
 
@@ -73,14 +82,17 @@ def as_rgb(image: Image.Image) -> Image.Image:
     """
     turn = orientation(image)
     _load(image)
-    deep = image.info.get(_DEEP, False)
+    highest = 0  # of 65535, for pictures of 16 bits a channel
     if image.mode == "P" and "transparency" in image.info:
         pixels = image.convert("RGBA").convert("RGB")
     elif image.mode in _COLOURS:
         pixels = image if image.mode == "RGB" else image.convert("RGB")
+        if image.info.get(_DEEP):
+            highest = 257 * max(high for _, high in pixels.getextrema())
     elif image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        deep = True
-        pixels = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+        values = np.asarray(image)
+        highest = int(values.max())
+        pixels = Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
     elif image.mode == "F":
         values = np.asarray(image)
         if not (values.min() >= 0 and values.max() <= 1):
@@ -88,11 +100,12 @@ def as_rgb(image: Image.Image) -> Image.Image:
         pixels = Image.fromarray((values * 255 + 0.5).astype(np.uint8)).convert("RGB")
     else:
         raise _unusable(image, f"pixels of mode {image.mode}, whose range is unknown")
-    if deep:
-        highest = max(high for _, high in pixels.getextrema())
-        if 0 < highest < 16:  # 12 bits or fewer in 16: all but black
-            raise _unusable(image, f"16 bits a channel, of which at most {(highest + 1) * 256 - 1} of 65535 is used")
-    return pixels.transpose(_TURNS[turn]) if turn > 1 else pixels
+    if 0 < highest < 2**12:  # 12 bits or fewer in 16: all but black
+        raise _unusable(image, f"16 bits a channel with values up to {highest} of 65535")
+    if turn > 1:
+        pixels = pixels.transpose(_TURNS[turn])
+        ignore_orientation(pixels)  # the copy has the tag too
+    return pixels
 
 
 def _unusable(image: Image.Image, reason: str) -> CorruptImageError:
@@ -121,6 +134,8 @@ def _frames(image: Image.Image) -> int:
 
 def orientation(image: Image.Image) -> int:
     """Return the EXIF orientation of a picture, 1..8; 1 (upright) if it has none that can be read."""
+    if image.format == "TIFF":
+        return 1  # Pillow turns these while it decodes
     if _ORIENTATION not in image.info:
         try:
             found = image.getexif().get(_EXIF_ORIENTATION, 1)
@@ -136,7 +151,9 @@ def ignore_orientation(image: Image.Image) -> None:
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    """Return (H, W) of :func:`as_rgb` without decoding."""
+    """Return (H, W) of :func:`as_rgb` of an opened picture."""
+    if image.format == "TIFF":
+        _load(image)  # before that, versions of Pillow differ
     sideways = orientation(image) in _SIDEWAYS
     return (image.width, image.height) if sideways else (image.height, image.width)
 
@@ -147,14 +164,14 @@ def oddities(image: Image.Image) -> list[str]:
     if (turn := orientation(image)) > 1:
         odd.append(f"turned upright as EXIF says (orientation {turn})")
     if image.info.get(_DEEP):
-        odd.append("16 bits a channel, reduced to 8")
-    kinds = {"1": "black and white", "P": "palette", "CMYK": "CMYK", "F": "floating point", "LAB": "LAB"}
+        odd.append("of 16 bits a channel, reduced to 8")
+    kinds = {"1": "in black and white", "P": "with a palette", "CMYK": "in CMYK", "F": "in floating point"}
     if image.mode in kinds:
         odd.append(kinds[image.mode])
     if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
-        odd.append("transparent, taken with the stored colours")
+        odd.append("with transparency, taken with the stored colours")
     if (frames := _frames(image)) > 1:
-        odd.append(f"{frames} frames or pages, the first is taken")
+        odd.append(f"of {frames} frames or pages, the first is taken")
     return odd
 
 
@@ -172,13 +189,16 @@ def read_mask(path: str | os.PathLike) -> np.ndarray:
                 f"{path} is a {image.mode} image of colours; expected a palette or 8-bit grey PNG "
                 "whose pixels are class ids"
             )
+        if image.format in _LOSSY:
+            raise ValueError(f"{path} holds a {image.format} image, whose pixels are no exact ids; expected a PNG")
         if (frames := _frames(image)) > 1:
             raise ValueError(f"{path} holds {frames} frames or pages; expected one mask")
+        scale = next((step for raw, step in _GREY_STEPS.items() if raw in _raw_mode(image)), 1)
         turn = orientation(image)
         _load(image)
         ids = np.array(image.transpose(_TURNS[turn]) if turn > 1 else image)
     if ids.dtype == np.uint8:
-        return ids
+        return ids // scale if scale > 1 else ids
     if ids.dtype != bool and (ids.min(initial=0) < 0 or ids.max(initial=0) > 255):
         raise ValueError(f"{path} holds ids up to {ids.max()}; expected 0..255")
     return ids.astype(np.uint8)

@@ -71,7 +71,7 @@ def list_files(folder: str | Path, suffixes: Sequence[str], *, flat: bool = Fals
             if name in skip or (is_folder and flat):
                 continue
             if reason := _reason(entry, is_folder, suffixes, flat):
-                left_out[reason].append(name.encode(errors="surrogateescape").decode(errors="backslashreplace"))
+                left_out[reason].append(printable(name))
             elif is_folder:
                 (links if entry.is_symlink() else folders).append(f"{name}/")
             else:
@@ -85,6 +85,8 @@ def _reason(entry: os.DirEntry, is_folder: bool, suffixes: Sequence[str], exact:
         entry.name.encode()
     except UnicodeEncodeError:
         return "with a name that is not UTF-8"
+    if any(unicodedata.category(c) == "Cc" for c in entry.name):
+        return "with a control character in the name"
     if entry.name.startswith("."):
         return "hidden"
     if is_folder:
@@ -97,16 +99,23 @@ def _reason(entry: os.DirEntry, is_folder: bool, suffixes: Sequence[str], exact:
     return None
 
 
+def printable(name: str) -> str:
+    """Return a file's name with escapes for what cannot be printed: bytes that are not UTF-8, control characters."""
+    text = name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+    return "".join(ascii(c)[1:-1] if unicodedata.category(c) == "Cc" else c for c in text)
+
+
 def by_stem(files: Sequence[str], folder: Path, what: str) -> dict[str, str]:
-    """Return name without ending -> file.
+    """Return name without ending -> file; names are composed (NFC), since file systems differ in how they keep accents.
 
     Raises:
         ValueError: two files differ only by their ending; the first few are named.
     """
-    stems = {os.path.splitext(file)[0]: file for file in files}
+    names = [unicodedata.normalize("NFC", os.path.splitext(file)[0]) for file in files]
+    stems = dict(zip(names, files, strict=True))
     if len(stems) < len(files):
-        counts = Counter(os.path.splitext(file)[0] for file in files)
-        twice = [file for file in files if counts[os.path.splitext(file)[0]] > 1]
+        counts = Counter(names)
+        twice = [file for name, file in zip(names, files, strict=True) if counts[name] > 1]
         raise ValueError(f"{what} in {folder} differ only by their ending, {few(twice)}: keep one of each")
     return stems
 

@@ -23,10 +23,9 @@ from typing import IO, Any
 from dmsa.data.coco import curated_file, is_curated, map_folders
 from dmsa.data.images import read_mask
 from dmsa.data.listing import list_files
-from dmsa.data.sources import Archive
+from dmsa.data.sources import OFFICIAL_CURATED, OFFICIAL_MAPS, Archive
 
 _BROKEN = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError)
-CURATED_OFFICIAL = {5000: 2175}  # maps of val2017 -> images of the curated list that IIC, PiCIE and STEGO share
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ def list_members(archive: Path, spec: Archive, root: Path) -> list[Member]:
         ValueError: a member leads out of the folder, or is wanted but no regular file; the archive cannot be read, or
             has nothing of what it should.
     """
-    found = []
+    found, targets = [], set()
     with _reading(archive):
         if zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as opened:
@@ -117,6 +116,9 @@ def list_members(archive: Path, spec: Archive, root: Path) -> list[Member]:
             raise ValueError(
                 f"{archive} has a member {name!r} that is a link or a device; nothing was unpacked from it"
             )
+        if target in targets:
+            raise ValueError(f"{archive} has two members for {target}; nothing was unpacked from it")
+        targets.add(target)
         found.append(Member(name, target, size))
     if not found:
         raise ValueError(f"{archive} has none of {', '.join(s for s, _ in spec.parts)}: not the official archive?")
@@ -195,7 +197,7 @@ def curate(root: Path, split: str, force: bool = False) -> str:
         chosen = list(pool.map(lambda name: is_curated(read_mask(maps / f"{name}.png")), _progress(names, "curated")))
     text = "".join(f"{name}\n" for name, is_chosen in zip(names, chosen, strict=True) if is_chosen)
     path = curated_file(root, split)
-    official = CURATED_OFFICIAL.get(len(names))
+    official = OFFICIAL_CURATED if len(names) == OFFICIAL_MAPS else None
     verdict = f"{sum(chosen)} of {len(names)} images"
     if official is not None:
         verdict += " (the official number)" if official == sum(chosen) else f" (OFFICIALLY {official})"

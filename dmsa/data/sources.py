@@ -25,6 +25,8 @@ SPLIT_IMAGES = {
     "coco_stuff27": {"train": 118287, "val": 5000},
 }
 """Images of every split in the official releases."""
+OFFICIAL_MAPS, OFFICIAL_CURATED = 5000, 2175
+"""Label maps of val2017, and those on the curated list that IIC, PiCIE and STEGO share."""
 
 
 @dataclass(frozen=True)
@@ -150,5 +152,5 @@ def items(name: str, root: Path) -> list[Item]:
         )
     path = curated_file(root, "val2017")
     need = "only for the protocol stego"
-    found.append(Item(path, "curated list", None, 2175, "-", "`dmsa prepare` makes it from the maps", need))
+    found.append(Item(path, "curated list", None, OFFICIAL_CURATED, "-", "`dmsa prepare` makes it from the maps", need))
     return found

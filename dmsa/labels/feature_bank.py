@@ -6,8 +6,10 @@ they are batched across images, sharded over processes, and stored in parts so t
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,9 +32,11 @@ BACKGROUND_SHARE = 0.8
 """A window with more background than this is a background crop."""
 CPU_TOKENS = 2048
 """Patch tokens of a forward pass on a CPU."""
-PART = 256
-"""Images per file of the cache."""
-VERSION = 2
+PART = 32
+"""Images per file of the cache: what a run that is stopped has to do again, at most."""
+WORKERS_FROM = 256
+"""Images from which on loader processes are worth their start."""
+VERSION = 3
 """Raised when the crops or features change, so that older caches are not taken for current ones."""
 
 
@@ -169,12 +173,15 @@ def build_feature_bank(
     made: dict[int, dict[str, np.ndarray]] = {}
     missing = [part for part in mine if folder is None or not _part_path(folder, part).is_file()]
     squashed = _squashed(dataset, [index for part in missing for index in parts[part]], config)
-    for part in missing:
-        arrays = _extract(encoder, squashed, parts[part], boxes, _crop(config), dataset.things_only, batch, image_batch)
-        if folder is None:
-            made[part] = arrays
-        else:
-            save_arrays(_part_path(folder, part), **arrays)
+    with _progress(sum(len(parts[part]) for part in mine), sum(len(parts[part]) for part in missing)) as advance:
+        for part in missing:
+            arrays = _extract(
+                encoder, squashed, parts[part], boxes, _crop(config), dataset.things_only, batch, image_batch, advance
+            )
+            if folder is None:
+                made[part] = arrays
+            else:
+                save_arrays(_part_path(folder, part), **arrays)
 
     gathered = []
     for start in range(0, len(parts), world):
@@ -259,7 +266,7 @@ class SquashedImages(torch.utils.data.Dataset):
 
 
 def _squashed(dataset: Any, indices: Sequence[int], config: Config) -> Iterator[Tensor | str]:
-    workers = config.data.workers if len(indices) >= PART else 0  # starting workers costs more than few images do
+    workers = config.data.workers if len(indices) >= WORKERS_FROM else 0
     return iter(
         DataLoader(SquashedImages(dataset, indices, 2 * config.data.size), batch_size=None, num_workers=workers)
     )
@@ -274,8 +281,9 @@ def _extract(
     things_only: bool,
     batch: int,
     image_batch: int,
+    advance: Callable[[int], object],
 ) -> dict[str, np.ndarray]:
-    """Run one part; crops wait until a batch is full, whichever images they come from."""
+    """Run one part; crops wait until a batch is full, whichever images they come from. `advance` hears of images."""
     from dmsa.data.transforms import MEAN, STD
 
     device = next(encoder.parameters()).device
@@ -299,6 +307,7 @@ def _extract(
 
     for start in range(0, len(indices), image_batch):
         loaded = [(index, next(squashed)) for index in indices[start : start + image_batch]]
+        advance(len(loaded))
         skipped += [item for _, item in loaded if isinstance(item, str)]
         loaded = [(index, item) for index, item in loaded if not isinstance(item, str)]
         if not loaded:
@@ -326,6 +335,25 @@ def _extract(
         "background_image": source[~foreground],
         "skipped": np.array(skipped, dtype=np.str_),
     }
+
+
+@contextlib.contextmanager
+def _progress(total: int, missing: int) -> Iterator[Callable[[int], object]]:
+    """Show how many images of this process are done, on rank 0; silent if none is missing."""
+    from tqdm import tqdm
+
+    hidden = not missing or (_distributed() and dist.get_rank() > 0)
+    interval = 0.5 if sys.stderr.isatty() else 10.0
+    with tqdm(
+        total=total,
+        initial=total - missing,
+        desc="feature bank",
+        unit=" images",
+        disable=hidden,
+        mininterval=interval,
+        dynamic_ncols=True,
+    ) as bar:
+        yield bar.update
 
 
 def _thin(count: int, limit: int | None) -> list[int]:

@@ -8,7 +8,6 @@ backbone is ever trained.
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import hashlib
 from collections.abc import Callable
@@ -17,6 +16,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from dmsa.models.state import read_state
 
 HUB = "https://dl.fbaipublicfiles.com/dino"
 DINO_FILES = {
@@ -263,7 +264,8 @@ def build_encoder(name: str, weights: str | Path | None = None) -> Encoder:
 
     Args:
         name: any timm ViT, such as `vit_small_patch8_224.dino` (S/8), `vit_small_patch16_224.dino`,
-            `vit_base_patch8_224.dino`, `vit_base_patch16_224.dino`, or `shapes_vit_tiny`, which ships in the package.
+            `vit_base_patch8_224.dino`, `vit_base_patch16_224.dino`; `shapes_vit_tiny`, which ships in the package; or
+            `hybrid:NAME`, two blocks on the feature maps of the timm network NAME (`dmsa pretrain --recipe hybrid`).
         weights: a local file (see `load_weights`); `None` for timm's hub (or the shipped file); `"random"` for an
             untrained backbone, as tests and speed measurements use it.
 
@@ -274,6 +276,8 @@ def build_encoder(name: str, weights: str | Path | None = None) -> Encoder:
     """
     if name == SHIPPED:
         return _build_shipped(weights)
+    if name.startswith("hybrid:"):
+        return _build_hybrid(name, weights)
     import timm
 
     near = difflib.get_close_matches(name, [*DINO_FILES, *timm.list_models("vit*")], n=3)
@@ -302,6 +306,20 @@ def _build_shipped(weights: str | Path | None) -> Encoder:
     encoder = Encoder(shapes_vit_tiny())
     if str(weights) != "random":
         load_weights(encoder, WEIGHTS if weights is None else weights, SHIPPED)
+    return encoder
+
+
+def _build_hybrid(name: str, weights: str | Path | None) -> Encoder:
+    from dmsa.models.hybrid import hybrid_vit
+
+    if weights is None:
+        raise FileNotFoundError(
+            f"weights of {name!r} are made with `dmsa pretrain --recipe hybrid --encoder {name} --images FOLDER`; then "
+            "pass its encoder.safetensors: `--model.weights PATH`"
+        )
+    encoder = Encoder(hybrid_vit(name))
+    if str(weights) != "random":
+        load_weights(encoder, weights, name)
     return encoder
 
 
@@ -364,37 +382,6 @@ def load_weights(encoder: Encoder, path: str | Path, name: str = "the encoder") 
             f"first {'; '.join(differing[:5])}"
         )
     encoder.vit.load_state_dict(state)
-
-
-def read_state(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint file by name; nothing in the file is executed.
-
-    Raises:
-        ValueError: it is not a checkpoint of plain tensors.
-    """
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a safetensors file: {error}") from error
-    try:
-        # DINO's full checkpoints also hold the training arguments as a Namespace, which is plain data
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what is no checkpoint makes the unpickler raise almost anything
-        raise ValueError(
-            f"{path} cannot be read as a checkpoint of plain tensors (only such files are loaded): {error}"
-        ) from error
-    for key in ("teacher", "state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-            break
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ValueError(f"{path} holds no state dict: expected tensors by name, or a 'teacher' entry with them")
-    return content
 
 
 def _strip(state: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -10,19 +10,19 @@ from typing import Literal
 class PretrainConfig:
     """Make a backbone for people without DINO weights."""
 
-    recipe: Literal["formula", "dino", "distil"] = "formula"
-    """Procedural categories with free labels; or, on a folder of unlabelled images, self-distillation or the
-    distillation of a network that is there already."""
+    recipe: Literal["formula", "dino", "distil", "hybrid"] = "formula"
+    """Procedural categories with free labels; or, on a folder of unlabelled images, self-distillation, the distillation
+    of a network that is there already, or a class token on top of a CNN that is."""
     out: str = "runs/pretrain"
     """Run folder: checkpoint, metrics, encoder.safetensors, report.json. The same command again resumes."""
     encoder: str = "shapes_vit_tiny"
-    """Any timm ViT by name, or `shapes_vit_tiny`."""
+    """Any timm ViT by name, or `shapes_vit_tiny`; for the recipe `hybrid`, `hybrid:NAME` with any timm CNN by name."""
     images: str | None = None
-    """Folder of images, searched recursively (recipes `dino` and `distil`)."""
+    """Folder of images, searched recursively (all recipes but `formula`)."""
     teacher: str | None = None
     """Any timm network by name (recipe `distil`)."""
     teacher_weights: str | None = None
-    """Local file of its weights; timm's hub if unset."""
+    """Local file of its weights (recipe `hybrid`: of the CNN's); timm's hub if unset."""
     size: int = 48
     """Side of the training pictures (or of the large crops) in pixels, a multiple of the patch size."""
     steps: int = 8000

@@ -29,6 +29,8 @@ TEACHER_MOMENTUM = 0.99
 LOCAL_SCALE, GLOBAL_SCALE = (0.1, 0.4), (0.4, 1.0)
 """Areas of small and large crops, as fractions of the image."""
 MIN_IMAGES = 2
+CACHE_BYTES = 512 << 20
+"""Memory for decoded pictures."""
 
 
 def sinkhorn(scores: Tensor, temperature: float = SINKHORN_TEMPERATURE, iterations: int = 3) -> Tensor:
@@ -100,6 +102,34 @@ def load(path: Path, longest: int) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
+class Pictures:
+    """Decoded pictures of a folder by number, the latest ones kept in memory.
+
+    Args:
+        files: from `find_images`.
+        longest: of the shorter side, see `load`.
+    """
+
+    def __init__(self, files: list[Path], longest: int) -> None:
+        self.files, self.longest = files, longest
+        self._cache: dict[int, Tensor] = {}
+        self._bytes = 0
+
+    def __getitem__(self, index: int) -> Tensor:
+        """uint8 ``[3, H, W]``."""
+        if index not in self._cache:
+            image = load(self.files[index], self.longest)
+            self._bytes += image.numel()
+            while self._cache and self._bytes > CACHE_BYTES:
+                self._bytes -= self._cache.pop(next(iter(self._cache))).numel()
+            self._cache[index] = image
+        return self._cache[index]
+
+    def draw(self, count: int, generator: torch.Generator) -> list[Tensor]:
+        """Return `count` pictures drawn with replacement."""
+        return [self[i] for i in torch.randint(len(self.files), (count,), generator=generator).tolist()]
+
+
 def random_crop(image: Tensor, size: int, scale: tuple[float, float], generator: torch.Generator) -> Tensor:
     """One augmented crop of ``image`` (uint8 ``[3, H, W]``): float ``[3, size, size]`` in [0, 1].
 
@@ -136,21 +166,12 @@ def build(config: PretrainConfig, vit: nn.Module) -> Recipe:
     """
     if config.batch < 2 or config.prototypes < 2:
         raise ValueError(f"{config.batch=}, {config.prototypes=}: self-distillation needs at least 2 of each")
-    files = find_images(config.images)
+    pictures = Pictures(find_images(config.images), 2 * config.size)
     patch = vit.patch_embed.patch_size[0]
     small = max(patch, config.size * 5 // 8 // patch * patch)
     head = ProjectionHead(vit.embed_dim, config.prototypes)
     teacher = nn.ModuleDict({"vit": copy.deepcopy(vit), "head": copy.deepcopy(head)}).requires_grad_(False)
     student = nn.ModuleDict({"vit": vit, "head": head})
-    cache: dict[int, Tensor] = {}
-
-    def picture(index: int) -> Tensor:
-        if index not in cache:
-            image = load(files[index], 2 * config.size)
-            if len(cache) * image.numel() > 512 << 20:
-                cache.pop(next(iter(cache)))
-            cache[index] = image
-        return cache[index]
 
     def project(network: nn.ModuleDict, images: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
@@ -158,7 +179,7 @@ def build(config: PretrainConfig, vit: nn.Module) -> Recipe:
         return network["head"](tokens[:, 0].float())
 
     def loss_of_step(step: int, generator: torch.Generator) -> dict[str, Tensor]:
-        batch = [picture(int(i)) for i in torch.randint(len(files), (config.batch,), generator=generator)]
+        batch = pictures.draw(config.batch, generator)
         large = torch.stack([random_crop(p, config.size, GLOBAL_SCALE, generator) for _ in range(2) for p in batch])
         teacher.eval()
         with torch.no_grad():

@@ -277,12 +277,12 @@ NAMES_FIRST = 0.6
 """Share of the training in which names alone are learnt: all at the same time takes far longer."""
 
 
-def class_tokens(vit: nn.Module, images: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def class_tokens(vit: nn.Module, embedded: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """What the class token says of a picture, and what it would say if its attention in the last block moved.
 
     Args:
         vit: timm's ``VisionTransformer`` with a class token and ordinary attention (no gate, no dropout).
-        images: Normalised, ``[B, 3, S, S]``.
+        embedded: Of its patch embedding, ``[B, h, w, D]``.
         shift: Share of the attention that moves to a patch, ``[B, N]``, from 0 to 1. The tokens then teach the
             attention nothing. ``None``: all of it moves, and the picture's own class token teaches the attention.
 
@@ -290,7 +290,7 @@ def class_tokens(vit: nn.Module, images: Tensor, shift: Tensor | None) -> tuple[
         The class token ``[B, D]``; those with moved attention ``[B, N, D]``; and the attention to the patches, mean
         over the heads, ``[B, N]``.
     """
-    x = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
+    x = vit.norm_pre(vit.patch_drop(vit._pos_embed(embedded)))
     for block in vit.blocks[:-1]:
         x = block(x)
     last, prefix = vit.blocks[-1], vit.num_prefix_tokens
@@ -390,7 +390,7 @@ def build(config: PretrainConfig, vit: nn.Module) -> Recipe:
         names_only = step < NAMES_FIRST * config.steps
         shift = None if names_only else torch.rand(batch, (size // patch) ** 2, generator=generator)
         with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
-            token, moved, attention = class_tokens(vit, normalise(images), shift)
+            token, moved, attention = class_tokens(vit, vit.patch_embed(normalise(images)), shift)
         wanted = targets(owner, patch, config.categories)
         return formula_loss(head, token.float(), moved.float(), attention, wanted, shift, config.patch_weight)
 

@@ -13,8 +13,9 @@ from torch import nn
 
 from dmsa.files import write_atomically
 from dmsa.models.encoder import check_architecture
+from dmsa.models.hybrid import HYBRID, hybrid_vit
 from dmsa.models.shapes_vit import shapes_vit_tiny
-from dmsa.pretrain import dino, distil, formula
+from dmsa.pretrain import dino, distil, formula, hybrid
 from dmsa.pretrain.config import PretrainConfig
 from dmsa.pretrain.loop import run
 from dmsa.pretrain.quality import measure
@@ -32,6 +33,8 @@ def build_backbone(name: str, size: int) -> nn.Module:
     """
     if name == "shapes_vit_tiny":
         vit = shapes_vit_tiny()
+    elif name.startswith(HYBRID):
+        vit = hybrid_vit(name, size)
     elif timm.is_model(name) and name.startswith(("vit_", "deit", "test_vit")):
         vit = timm.create_model(name, pretrained=False, num_classes=0, dynamic_img_size=True, img_size=size)
     else:
@@ -51,7 +54,8 @@ def build_backbone(name: str, size: int) -> nn.Module:
 
 def save_encoder(vit: nn.Module, path: Path) -> None:
     """Write the weights as fp16 safetensors (they load into fp32 parameters without a word)."""
-    half = {key: value.detach().half().contiguous() for key, value in vit.state_dict().items()}
+    state = {key: value.detach().contiguous() for key, value in vit.state_dict().items()}
+    half = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
     write_atomically(path, lambda stream: stream.write(save(half)))
 
 
@@ -63,7 +67,7 @@ def pretrain(config: PretrainConfig) -> dict[str, object]:
 
     Raises:
         ValueError: Settings that do not fit together, or a checkpoint of other settings.
-        FileNotFoundError: Recipe ``dino`` or ``distil`` without a folder of images, or no weights of the teacher.
+        FileNotFoundError: A recipe other than ``formula`` without a folder of images, or no weights of the network.
     """
     for name in ("steps", "batch", "size", "threads", "log_every"):
         if getattr(config, name) < 1:
@@ -73,7 +77,8 @@ def pretrain(config: PretrainConfig) -> dict[str, object]:
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     vit = build_backbone(config.encoder, config.size)
-    build = {"formula": formula.build, "dino": dino.build, "distil": distil.build}[config.recipe]
+    recipes = {"formula": formula.build, "dino": dino.build, "distil": distil.build, "hybrid": hybrid.build}
+    build = recipes[config.recipe]
     modules, loss_of_step, after_step = build(config, vit)
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)

@@ -23,19 +23,24 @@ class Histogram:
     Attributes:
         num_classes: K.
         counts: int64 `[K, K]`, this process's pixels; rows are labels, columns predictions.
+        unpredicted: int64 `[K]`, by label: pixels whose prediction is 255, in none of `counts`.
+        ignored: int64 `[1]`, pixels whose label is 255.
 
     Args:
         num_classes: classes, background included, 1..254 (masks are 8 bit and 255 means ignore).
+        gaps: predictions may be 255 where the label is not.
 
     Raises:
         ValueError: `num_classes` is out of range.
     """
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, num_classes: int, gaps: bool = False) -> None:
         if not 1 <= num_classes <= 254:
             raise ValueError(f"expected 1..254 classes (8-bit masks, 255 = ignore), got {num_classes=}")
-        self.num_classes = num_classes
-        self.counts = np.zeros((num_classes, num_classes), dtype=np.int64)
+        self.num_classes, self.gaps = num_classes, gaps
+        self._all = np.zeros(num_classes**2 + num_classes + 1, dtype=np.int64)  # one array, to be reduced at once
+        pairs, self.unpredicted, self.ignored = np.split(self._all, [num_classes**2, num_classes**2 + num_classes])
+        self.counts = pairs.reshape(num_classes, num_classes)
         # Label -> offset of its row; 255 goes to one extra row, ids that do not exist to another.
         rows = np.full(256, num_classes + 1)
         rows[:num_classes] = np.arange(num_classes)
@@ -46,7 +51,7 @@ class Histogram:
         """Count the pixels of one or many images.
 
         Args:
-            pred: ids 0..K-1, any shape and integer dtype; 255 may stand only where the label is 255.
+            pred: ids 0..K-1, any shape and integer dtype; without `gaps`, 255 only where the label is 255.
             label: ids 0..K-1 or 255 (not counted), of the same shape.
 
         Raises:
@@ -61,18 +66,24 @@ class Histogram:
             raise ValueError(f"expected the same shape, got {pred.shape=} {label.shape=}")
         pred, label = (self._bytes(name, ids) for name, ids in (("pred", pred), ("label", label)))
         k = self.num_classes
+        unpredicted = np.zeros(256, dtype=np.int64)
+        pairs = self._row[label]
         if pred.size and pred.max() >= k:
-            outside = (pred >= k) & ~((pred == IGNORE) & (label == IGNORE))
+            gap = (pred == IGNORE) & (label != IGNORE)
+            outside = (pred >= k) & (pred != IGNORE) if self.gaps else ((pred >= k) & (pred != IGNORE)) | gap
             if outside.any():
                 raise ValueError(f"pred has ids {np.unique(pred[outside]).tolist()}; expected 0..{k - 1}")
+            unpredicted = np.bincount(label[gap], minlength=256)
+            pairs[gap] = self._row[IGNORE]
             pred = np.where(pred == IGNORE, 0, pred)
-        pairs = self._row[label]
         pairs += pred
         counts = np.bincount(pairs.ravel(), minlength=(k + 2) * k)
-        if counts[(k + 1) * k :].any():
+        if counts[(k + 1) * k :].any() or unpredicted[k:IGNORE].any():
             wrong = np.unique(label[(label >= k) & (label != IGNORE)]).tolist()
             raise ValueError(f"label has ids {wrong}; expected 0..{k - 1}, or 255 for pixels to ignore")
         self.counts += counts[: k * k].reshape(k, k)
+        self.unpredicted += unpredicted[:k]
+        self.ignored += counts[k * k : (k + 1) * k].sum() - unpredicted.sum()
 
     @staticmethod
     def _bytes(name: str, ids: np.ndarray) -> np.ndarray:
@@ -82,15 +93,18 @@ class Histogram:
             raise ValueError(f"{name} has ids {ids.min()}..{ids.max()}; expected 0..255")
         return ids.astype(np.uint8)
 
-    def reduce(self) -> np.ndarray:
-        """Return the sum of `counts` over all processes, int64 `[K, K]`; `counts` stay as they are."""
+    def reduce(self) -> Histogram:
+        """Return the histogram of all processes' pixels; this one stays as it is."""
+        whole = Histogram(self.num_classes, self.gaps)
         dist = torch.distributed
         if not (dist.is_available() and dist.is_initialized()):
-            return self.counts.copy()
+            whole._all[:] = self._all
+            return whole
         device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        total = torch.tensor(self.counts, device=device)
+        total = torch.tensor(self._all, device=device)
         dist.all_reduce(total)
-        return total.cpu().numpy()
+        whole._all[:] = total.cpu().numpy()
+        return whole
 
 
 @dataclass(frozen=True)
@@ -118,7 +132,12 @@ def _mean(values: np.ndarray) -> float:
     return float(known.mean()) if len(known) else float("nan")
 
 
-def scores(hist: np.ndarray, match: bool = True, things: np.ndarray | None = None) -> Scores:
+def scores(
+    hist: np.ndarray,
+    match: bool = True,
+    things: np.ndarray | None = None,
+    unpredicted: np.ndarray | None = None,
+) -> Scores:
     """Return the scores of a histogram.
 
     IoU_k = TP / (TP + FP + FN); mIoU is the nanmean in the order of the classes, accuracy = trace / total (TransFGU,
@@ -126,9 +145,10 @@ def scores(hist: np.ndarray, match: bool = True, things: np.ndarray | None = Non
     over the whole set, background included.
 
     Args:
-        hist: integers `[K, K]`, rows labels, columns predictions, from :meth:`Histogram.reduce`.
+        hist: integers `[K, K]`, rows labels, columns predictions, from :class:`Histogram`.
         match: predictions are clusters; otherwise they are taken as class ids.
         things: bool `[K]`, which classes are things.
+        unpredicted: int64 `[K]`, by label: pixels without a prediction that count as wrong.
 
     Raises:
         ValueError: `hist` is not square, has negative counts or is not of integers; `things` has another length.
@@ -146,10 +166,11 @@ def scores(hist: np.ndarray, match: bool = True, things: np.ndarray | None = Non
         assignment = linear_sum_assignment(hist, maximize=True)[1].astype(np.int64)
     confusion = hist[:, assignment]
     correct = np.diagonal(confusion)
-    union = confusion.sum(0) + confusion.sum(1) - correct
+    gaps = np.zeros(len(hist), dtype=np.int64) if unpredicted is None else np.asarray(unpredicted)
+    union = confusion.sum(0) + confusion.sum(1) - correct + gaps
     iou = np.full(len(hist), np.nan)
     np.divide(correct, union, out=iou, where=union > 0)
-    total = int(confusion.sum())
+    total = int(confusion.sum() + gaps.sum())
     is_thing = None if things is None else np.asarray(things, dtype=bool)
     return Scores(
         miou=_mean(iou),

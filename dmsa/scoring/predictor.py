@@ -19,6 +19,7 @@ from dmsa.distributed import local_device
 from dmsa.models.encoder import build_encoder
 from dmsa.models.schedule import evaluation_rates
 from dmsa.models.segmenter import Segmenter
+from dmsa.scoring.upsample import upsampled_labels
 from dmsa.visualize import predicted_names, predicted_palette
 
 
@@ -87,17 +88,17 @@ class Predictor:
         return logits if size is None else F.interpolate(logits, size, mode="bilinear", align_corners=False)
 
     def segment(self, image: Image.Image) -> np.ndarray:
-        """Return the class ids of one picture of any size, uint8 `[H, W]`.
+        """Return the class ids of one picture of any size, upright, uint8 `[H, W]`.
 
         The picture is squashed to the size of the run's evaluation. Ids are those of the data set where the run was
         scored (and so matched), else the predicted ones.
         """
-        from dmsa.data.transforms import normalise, resample, to_tensor
+        from dmsa.data.transforms import as_image, normalise, resample, to_tensor
 
         side = self.config.data.size
-        pixels = to_tensor(resample(image.convert("RGB"), (side, side)))
-        predicted = self.predict(normalise(pixels)[None], (image.height, image.width)).argmax(1)[0]
-        ids = predicted.to(torch.uint8).cpu().numpy()
+        picture = as_image(image)
+        logits = self.predict(normalise(to_tensor(resample(picture, (side, side))))[None])
+        ids = upsampled_labels(logits, (picture.height, picture.width))[0].cpu().numpy()
         if self.assignment is None:
             return ids
         table = np.arange(256, dtype=np.uint8)

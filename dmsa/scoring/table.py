@@ -7,12 +7,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from dmsa.data.base import table
 from dmsa.data.listing import few
+from dmsa.files import claim_outputs, write_atomically
 from dmsa.scoring.metrics import Scores
 from dmsa.scoring.protocols import Protocol
 
@@ -41,6 +42,8 @@ def markdown(rows: Sequence[Sequence[object]]) -> list[str]:
     return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]
 
 
+PAPER_SIZE = 320  # pixels, of the network's input in published scores
+REPORT_FILES = ("eval.txt", "eval.md", "eval.json", "confusion.png")
 SCORE_HEAD = ("method", "mIoU", "accuracy", "protocol", "source")
 
 
@@ -90,9 +93,15 @@ class Report:
     """Whether the data set was limited to some of its images."""
     matched: bool
     """Whether predictions are clusters, matched to classes, or class ids."""
+    ignored: float
+    """Share of the pixels whose label is 255."""
+    official: int | None
+    """Images of the official set that the published scores are of; `None` if there is none."""
+    remarks: list[str]
+    """What else a reader must know: files that were left out, pixels without a prediction."""
 
     def notes(self) -> list[str]:
-        """Return what a reader must know about the images, empty if all of them were scored."""
+        """Return what a reader must know about images, pixels and what the score can be compared with."""
         notes = []
         if self.skipped:
             names = few([f"{skip.name} ({skip.reason})" for skip in self.skipped])
@@ -103,9 +112,21 @@ class Report:
             notes.append(f"scored on {self.wanted} images drawn from a larger set: not comparable with the whole set")
         elif self.images < self.wanted:
             notes.append(f"scored {self.images} of {self.wanted} images: not comparable with the whole set")
+        elif self.official not in (None, self.wanted):
+            notes.append(
+                f"the official set has {self.official} images, not {self.wanted}: published scores do not compare"
+            )
         if not self.matched:
             notes.append("predictions were taken as class ids: no Hungarian match")
-        return notes
+        published = paper_rows(self.dataset)
+        if not published:
+            notes.append(f"there are no published scores on {self.dataset} to compare with")
+        elif self.protocol.name not in {row["protocol"] for row in published} or self.protocol.size != PAPER_SIZE:
+            notes.append(
+                f"published scores are of other protocols than {self.protocol.name} at {self.protocol.size} px: they "
+                "do not compare"
+            )
+        return [*notes, *self.remarks]
 
     def rows(self) -> list[dict[str, Any]]:
         """Return this run's row and the published ones of the same data set, in percent."""
@@ -129,6 +150,7 @@ class Report:
             "size": self.protocol.size,
             "conditions": self.conditions,
             "images": self.images,
+            "ignored_pixels": 100 * self.ignored,
             "images_of_split": self.wanted,
             "miou": _or_none(s.miou),
             "accuracy": _or_none(s.accuracy),
@@ -158,7 +180,11 @@ class Report:
             for i, (name, kind) in enumerate(zip(self.classes, self.kinds, strict=True))
         ]
         facts = [
-            ("data set", f"{self.dataset} val, {self.images} images, labels from {self.labels_from}"),
+            (
+                "data set",
+                f"{self.dataset} val, {self.images} images, labels from {self.labels_from}, {100 * self.ignored:.1f} % "
+                "of the pixels ignored (255)",
+            ),
             ("protocol", self.conditions),
             *(("note", note) for note in self.notes()),
         ]
@@ -180,7 +206,7 @@ class Report:
         lines = [f"- {key}: {value}" for key, value in facts]
         return "\n".join([*lines, "", *markdown(rows), "", self._means(), "", *markdown(classes)])
 
-    def draw(self, path: str | Path) -> None:
+    def draw(self, path: str | Path | BinaryIO) -> None:
         """Write the confusion picture, a PNG: one row a class, its pixels' share in every predicted class."""
         from matplotlib.figure import Figure
 
@@ -192,8 +218,8 @@ class Report:
         axes = figure.add_subplot()
         shown = axes.imshow(share, vmin=0, vmax=1, cmap="Blues")
         size = 8 if k <= 30 else 6
-        axes.set_xticks(range(k), self.classes, rotation=90, fontsize=size)
-        axes.set_yticks(range(k), self.classes, fontsize=size)
+        axes.set_xticks(range(k), self.classes, rotation=90, fontsize=size, parse_math=False)
+        axes.set_yticks(range(k), self.classes, fontsize=size, parse_math=False)
         axes.set_xlabel("prediction" + (" (clusters after the match)" if self.matched else ""))
         axes.set_ylabel("label")
         axes.set_title(
@@ -204,15 +230,14 @@ class Report:
         figure.colorbar(shown, ax=axes, shrink=0.6, label="share of the label's pixels")
         figure.savefig(path, format="png", dpi=110)
 
-    def write(self, folder: str | Path) -> list[Path]:
-        """Write `eval.txt`, `eval.md`, `eval.json` and `confusion.png` into `folder` and return their paths."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        texts = {"eval.txt": self.text(), "eval.md": self.markdown(), "eval.json": self.json()}
-        for name, content in texts.items():
-            (folder / name).write_text(content + "\n", encoding="utf-8")
-        self.draw(folder / "confusion.png")
-        return [folder / name for name in (*texts, "confusion.png")]
+    def write(self, folder: str | Path, force: bool = False) -> list[Path]:
+        """Write `REPORT_FILES` into `folder` and return their paths; `force` replaces those that are there."""
+        paths = claim_outputs(folder, REPORT_FILES, force=force)
+        for path, content in zip(paths, (self.text(), self.markdown(), self.json()), strict=False):
+            lines = f"{content}\n".encode(errors="backslashreplace")
+            write_atomically(path, lambda stream, lines=lines: stream.write(lines))
+        write_atomically(paths[-1], self.draw)
+        return paths
 
 
 def _or_none(value: float) -> float | None:

@@ -15,7 +15,7 @@ from dmsa.data.classes import Classes
 from dmsa.data.listing import few
 from dmsa.scoring.table import markdown, paper_rows, percent, score_rows
 from dmsa.training.task import Task
-from dmsa.visualize import colourise, heatmap, panel, predicted_palette
+from dmsa.visualize import colourise, heatmap, panel, predicted_names, predicted_palette
 
 
 def draw_panels(
@@ -38,6 +38,12 @@ def draw_panels(
 
     classes = task.classes
     palette = predicted_palette(classes, assignment)
+    # Classes as the ground truth has them, and as predicted ids have them: the same entries once these are matched.
+    true_entries = [
+        (name, tuple(map(int, colour))) for name, colour in zip(classes.classes, classes.palette, strict=True)
+    ]
+    names = predicted_names(classes, assignment)
+    entries = [(name, tuple(map(int, colour))) for name, colour in zip(names, palette, strict=True)]
     rows, seen = [], set()
     for index in indices:
         sample = dataset[index]
@@ -49,7 +55,10 @@ def draw_panels(
         blank = np.full((height, width, 3), 255, dtype=np.uint8)
         teacher = blank if stages["teacher"] is None else colourise(_labels(stages["teacher"]), palette)
         truth = sample["label"].numpy()
-        seen |= {int(label) for label in np.unique(truth) if label != 255}
+        seen |= {true_entries[label] for label in np.unique(truth) if label != 255}
+        for stage in ("teacher", "refined", "prediction"):
+            if stages[stage] is not None:
+                seen |= {entries[label] for label in np.unique(_labels(stages[stage])) if label != 255}
         rows.append(
             [
                 image,
@@ -60,8 +69,7 @@ def draw_panels(
                 colourise(truth, classes.palette),
             ]
         )
-    legend = [(classes.classes[label], tuple(int(v) for v in classes.palette[label])) for label in sorted(seen)]
-    return panel(rows, legend=legend)
+    return panel(rows, legend=[entry for entry in dict.fromkeys([*true_entries, *entries]) if entry in seen])
 
 
 def _labels(batch: torch.Tensor) -> np.ndarray:

@@ -102,6 +102,8 @@ class Trainer:
         config = self.config
         self.train_data = data.build(config.data, "train", config.train.seed)
         self.val_data = data.build(config.data, "val", config.train.seed)
+        for note in dict.fromkeys([*self.train_data.left_out, *self.val_data.left_out]):
+            say(note)
         self.classes = Classes.of(self.train_data)
         self.sampler = EpochBatches(
             len(self.train_data),

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dmsa_kernels.aspp import ops
 from dmsa_kernels.backend import BACKENDS
+from dmsa_kernels.compat import autocast_dtype
 
 KERNEL_SIZES = (3, 5, 7)
 REDUCTIONS = ("stack", "concat", "sum")
@@ -59,7 +60,8 @@ def multi_dilation_dwconv(
         raise ValueError(f"{reduce=} is not one of {', '.join(REDUCTIONS)}")
     if backend not in BACKENDS:
         raise ValueError(f"{backend=} is not one of {', '.join(BACKENDS)}")
-    out = ops.multi_dilation_dwconv(x, weight, bias, dilations, "sum" if reduce == "sum" else "concat", backend)
+    tensors = _under_autocast(x, weight, bias)
+    out = ops.multi_dilation_dwconv(*tensors, dilations, "sum" if reduce == "sum" else "concat", backend)
     if reduce == "stack":
         return out.unflatten(1, (weight.shape[0], weight.shape[1]))  # [B, R, C, H, W]
     return out
@@ -104,7 +106,17 @@ def fused_dwconv_project(
     check_projection(x, weight, projection, offset)
     if backend not in BACKENDS:
         raise ValueError(f"{backend=} is not one of {', '.join(BACKENDS)}")
-    return ops.fused_dwconv_project(x, weight, bias, projection, offset, dilations, backend)
+    tensors = _under_autocast(x, weight, bias, projection, offset)
+    return ops.fused_dwconv_project(*tensors, dilations, backend)
+
+
+def _under_autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors in autocast's dtype where it is on; double precision is a choice that it respects."""
+    x = tensors[0]
+    dtype = None if x is None else autocast_dtype(x.device.type)
+    if dtype is None:
+        return list(tensors)
+    return [tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors]
 
 
 def check_projection(x: Tensor, weight: Tensor, projection: Tensor, offset: Tensor | None) -> None:
@@ -156,8 +168,7 @@ def check_arguments(x: Tensor, weight: Tensor, dilations: Sequence[int], bias: T
 
 def check_alike(named: Mapping[str, Tensor], x: Tensor) -> None:
     """Raise unless the tensors are on the device of ``x`` and of its dtype, or autocast makes them so."""
-    device_type = x.device.type
-    autocast = device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type)  # meta tensors know none
+    autocast = autocast_dtype(x.device.type) is not None
     for name, tensor in named.items():
         if tensor.device != x.device:
             raise ValueError(f"{name}.device={tensor.device}, expected the device of x, {x.device}")

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from dmsa_kernels.backend import BACKENDS
+from dmsa_kernels.compat import tangent
 
 PRECISIONS = ("exact", "fast")
 RESIZES = ("masks", "image", "none")
@@ -31,8 +31,7 @@ def check_stack(name: str, x: Tensor, layout: str) -> None:
         raise TypeError(f"{name}.layout={x.layout} must be torch.strided; convert it with {name}.to_dense()")
     if 0 in x.shape[2:]:
         raise ValueError(f"{name}.shape={tuple(x.shape)} must have at least one pixel, {layout}")
-    # The compiler traces without forward-mode derivatives; outside, an operator would drop one without a word.
-    if not torch.compiler.is_compiling() and forward_ad.unpack_dual(x).tangent is not None:
+    if tangent(x) is not None:  # an operator would drop it without a word
         raise RuntimeError(f"{name} carries a forward-mode derivative (jvp); the refinement has reverse mode only")
 
 
@@ -165,8 +164,8 @@ def check_classes(masks: Tensor, valid_classes: Tensor | None, return_labels: bo
 
 def check_cells(masks: Tensor, stride: Sequence[float], size: Sequence[int]) -> None:
     """Raise unless the cells [B, C, h, w] cover a map of ``size`` to within less than a cell."""
-    covered = [cells * pixels for cells, pixels in zip(masks.shape[2:], stride, strict=True)]
-    if any(abs(c - n) >= pixels for c, n, pixels in zip(covered, size, stride, strict=True)):
+    covered = [cells * pixels for cells, pixels in zip(masks.shape[2:], stride)]
+    if any(abs(c - n) >= pixels for c, n, pixels in zip(covered, size, stride)):
         raise ValueError(
             f"masks.shape={tuple(masks.shape)} with stride={tuple(stride)} cover {tuple(covered)} pixels of an image of"
             f" {tuple(size)}: a cell or more too few or too many"

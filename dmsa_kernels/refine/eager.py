@@ -168,14 +168,14 @@ class _Guide:
         scales = inverse.pow(self.exponent).div_(centre.shape[1]).unbind(1)
         step = torch.empty_like(inverse)
         magnitudes = step.unbind(1)
-        for score, neighbour in zip(out.unbind(1), self.padded.neighbours(start, stop), strict=True):
+        for score, neighbour in zip(out.unbind(1), self.padded.neighbours(start, stop)):
             torch.sub(neighbour, centre, out=step)
             if self.exponent == 2:
                 step.square_()
             else:
                 step.abs_()
             torch.mul(magnitudes[0], scales[0], out=score)
-            for magnitude, scale in zip(magnitudes[1:], scales[1:], strict=True):
+            for magnitude, scale in zip(magnitudes[1:], scales[1:]):
                 score.addcmul_(magnitude, scale)
         torch.sub(out.amin(1, keepdim=True), out, out=out).clamp_min_(LOWEST_SCORE).exp_()
         # Divided, not multiplied by a reciprocal: that would round all weights of a pixel to the same side.
@@ -298,7 +298,7 @@ def _scatter_affinity_band(
     copies = sigma_centre_count(guide.sigma, guide.dilations)
     spread = deviation * (len(neighbours) + copies - 1)
     per_sample = grad_sigma.mul_(inverse).mul_(-guide.alpha).div_(spread).masked_fill_(deviation == 0, 0.0)
-    for neighbour, grad_neighbour in zip(neighbours, grad_neighbours, strict=True):
+    for neighbour, grad_neighbour in zip(neighbours, grad_neighbours):
         torch.sub(neighbour, mean, out=step)
         grad_neighbour.addcmul_(step, per_sample)
     grad_centre.addcmul_(torch.sub(centre, mean, out=step), per_sample, value=copies)
@@ -367,7 +367,7 @@ def _propagate_padded(
 def _step(source: _Padded, taps: Sequence[Tensor], out: Tensor) -> None:
     """out <- sum_p taps[p] * neighbour_p of the filled ``source``."""
     torch.mul(source.views[0], taps[0], out=out)
-    for neighbour, tap in zip(source.views[1:], taps[1:], strict=True):
+    for neighbour, tap in zip(source.views[1:], taps[1:]):
         out.addcmul_(neighbour, tap)
 
 
@@ -521,7 +521,7 @@ def _transposed_step(grad: Tensor, taps: Sequence[Tensor], dilations: list[int])
     """Adjoint of one step: grad [b, c, H, W] is scattered to the neighbours it came from."""
     padded = _Padded(tuple(grad.shape), dilations, grad.dtype, grad.device)
     padded.buffer.zero_()
-    for neighbour, tap in zip(padded.views, taps, strict=True):
+    for neighbour, tap in zip(padded.views, taps):
         neighbour.addcmul_(grad, tap)
     padded.fold()
     return padded.inner

@@ -1,6 +1,7 @@
 """The registered operators ``dmsa_kernels::{local_affinity, propagate, propagate_labels}`` and their backwards.
 
-Schemas, fake implementations and autograd; a backend's module is imported inside the operator that needs it.
+Schemas, fake implementations and autograd; a backend's module is imported inside the operator that needs it. There is
+no autocast policy: an operator gets its tensors as they are and computes in float32.
 """
 
 from __future__ import annotations
@@ -12,30 +13,13 @@ import torch
 from torch import Tensor
 
 from dmsa_kernels.backend import resolve
+from dmsa_kernels.compat import operator
 from dmsa_kernels.refine import eager, reference
 from dmsa_kernels.refine.labels import merge_larger
 from dmsa_kernels.refine.resize import resize
 
 # Elements of the planes that exist at full resolution at a time while labels are computed (fp32: 256 MB).
 LABEL_ELEMENTS = 1 << 26
-
-_SPEC = "int[] dilations, float exponent, float alpha, str sigma, float eps, float position_weight"
-_library = torch.library.Library("dmsa_kernels", "FRAGMENT")
-_library.define(f"local_affinity(Tensor image, {_SPEC}, bool fast, str backend) -> Tensor")
-_library.define(f"local_affinity_backward(Tensor grad_weights, Tensor image, {_SPEC}, str backend) -> Tensor")
-_library.define(
-    "propagate(Tensor weights, Tensor masks, int[] dilations, int num_iter, Tensor? valid_classes, str backend,"
-    " Tensor? anchor=None) -> Tensor"
-)
-_library.define(
-    "propagate_labels(Tensor weights, Tensor masks, int[] dilations, int num_iter, Tensor? valid_classes, str backend,"
-    " Tensor? anchor=None, float[]? stride=None) -> (Tensor labels, Tensor values)"
-)
-_library.define(
-    "propagate_backward(Tensor grad, Tensor weights, Tensor masks, int[] dilations, int num_iter,"
-    " Tensor? valid_classes, bool need_weights, bool need_masks, str backend, Tensor? anchor=None,"
-    " bool need_anchor=False) -> (Tensor grad_weights, Tensor grad_masks, Tensor grad_anchor)"
-)
 
 
 def _implementation(backend: str, launcher: str, *tensors: Tensor) -> ModuleType:
@@ -88,7 +72,7 @@ def _local_affinity_setup(ctx, inputs, output) -> None:
 
 def _local_affinity_autograd(ctx, grad_weights: Tensor):
     (image,) = ctx.saved_tensors
-    grad_image = torch.ops.dmsa_kernels.local_affinity_backward(grad_weights, image, *ctx.spec, ctx.backend)
+    grad_image = local_affinity_backward(grad_weights, image, *ctx.spec, ctx.backend)
     return (grad_image, *[None] * (len(ctx.spec) + 2))
 
 
@@ -156,7 +140,7 @@ def _propagate_autograd(ctx, grad: Tensor):
     weights, masks, valid_classes, anchor = ctx.saved_tensors
     need_weights, need_masks, *_, need_anchor = ctx.needs_input_grad
     needs = (need_weights, need_masks, need_anchor)
-    grads = torch.ops.dmsa_kernels.propagate_backward(
+    grads = propagate_backward(
         grad,
         weights,
         masks,
@@ -169,7 +153,7 @@ def _propagate_autograd(ctx, grad: Tensor):
         anchor,
         need_anchor,
     )
-    grad_weights, grad_masks, grad_anchor = (g if need else None for g, need in zip(grads, needs, strict=True))
+    grad_weights, grad_masks, grad_anchor = (g if need else None for g, need in zip(grads, needs))
     return grad_weights, grad_masks, None, None, None, None, grad_anchor
 
 
@@ -275,29 +259,40 @@ def _refuse_second_order(ctx, *grads: Tensor):
     )
 
 
-def _register(name: str, implementation, fake) -> None:
-    _library.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"dmsa_kernels::{name}", fake, lib=_library)
+_SPEC = "int[] dilations, float exponent, float alpha, str sigma, float eps, float position_weight"
 
-
-_register("local_affinity", _local_affinity, _local_affinity_fake)
-_register("local_affinity_backward", _local_affinity_backward, _local_affinity_backward_fake)
-_register("propagate", _propagate, _propagate_fake)
-_register("propagate_labels", _propagate_labels, _propagate_labels_fake)
-_register("propagate_backward", _propagate_backward, _propagate_backward_fake)
-torch.library.register_autograd(
-    "dmsa_kernels::local_affinity", _local_affinity_autograd, setup_context=_local_affinity_setup, lib=_library
+local_affinity = operator(
+    f"local_affinity(Tensor image, {_SPEC}, bool fast, str backend) -> Tensor",
+    _local_affinity,
+    _local_affinity_fake,
+    setup=_local_affinity_setup,
+    backward=_local_affinity_autograd,
 )
-torch.library.register_autograd(
-    "dmsa_kernels::propagate", _propagate_autograd, setup_context=_propagate_setup, lib=_library
+local_affinity_backward = operator(
+    f"local_affinity_backward(Tensor grad_weights, Tensor image, {_SPEC}, str backend) -> Tensor",
+    _local_affinity_backward,
+    _local_affinity_backward_fake,
+    backward=_refuse_second_order,
 )
-for _name in ("local_affinity_backward", "propagate_backward"):
-    torch.library.register_autograd(f"dmsa_kernels::{_name}", _refuse_second_order, lib=_library)
-# Autocast: the affinity takes a float32 image. The propagation needs no policy, since an operator without one gets its
-# tensors as they are: it computes in float32 and keeps the masks' dtype, and a half-precision affinity means "fast".
-for _device in ("cuda", "cpu"):
-    torch.library.register_autocast("dmsa_kernels::local_affinity", _device, torch.float32, lib=_library)
-
-local_affinity = torch.ops.dmsa_kernels.local_affinity
-propagate = torch.ops.dmsa_kernels.propagate
-propagate_labels = torch.ops.dmsa_kernels.propagate_labels
+propagate = operator(
+    "propagate(Tensor weights, Tensor masks, int[] dilations, int num_iter, Tensor? valid_classes, str backend,"
+    " Tensor? anchor=None) -> Tensor",
+    _propagate,
+    _propagate_fake,
+    setup=_propagate_setup,
+    backward=_propagate_autograd,
+)
+propagate_labels = operator(
+    "propagate_labels(Tensor weights, Tensor masks, int[] dilations, int num_iter, Tensor? valid_classes, str backend,"
+    " Tensor? anchor=None, float[]? stride=None) -> (Tensor labels, Tensor values)",
+    _propagate_labels,
+    _propagate_labels_fake,
+)
+propagate_backward = operator(
+    "propagate_backward(Tensor grad, Tensor weights, Tensor masks, int[] dilations, int num_iter,"
+    " Tensor? valid_classes, bool need_weights, bool need_masks, str backend, Tensor? anchor=None,"
+    " bool need_anchor=False) -> (Tensor grad_weights, Tensor grad_masks, Tensor grad_anchor)",
+    _propagate_backward,
+    _propagate_backward_fake,
+    backward=_refuse_second_order,
+)

@@ -12,8 +12,10 @@ import torch
 from dmsa_kernels import DepthwiseASPP, multi_dilation_dwconv
 from dmsa_kernels.aspp import ops
 from tests.aspp.test_functional import DMSA_RATES, make
+from tests.helpers import registered
 
 
+@registered
 @pytest.mark.parametrize("layout", ["nchw", "tokens", "sliced"])
 @pytest.mark.parametrize("reduce", ["concat", "sum"])
 def test_opcheck_forward(layout, reduce):
@@ -22,6 +24,7 @@ def test_opcheck_forward(layout, reduce):
     torch.library.opcheck(ops.multi_dilation_dwconv, (*leaves, [1, 3], reduce, "eager"))
 
 
+@registered
 @pytest.mark.parametrize("shape", [(1, 4, 1, 1), (1, 4, 1, 6), (2, 4, 6, 1), (1, 1, 5, 5), (0, 4, 5, 5)])
 @pytest.mark.parametrize("layout", ["nchw", "tokens"])
 @pytest.mark.parametrize("rates", [[1, 2], [1, 9]])
@@ -32,6 +35,7 @@ def test_fake_strides_of_degenerate_maps(shape, layout, rates):
     assert ops.multi_dilation_dwconv(x, weight, None, rates, "concat", "eager").stride() == fake.stride()
 
 
+@registered
 @pytest.mark.parametrize("needs", [(True, True, True), (False, True, False), (True, False, False)])
 @pytest.mark.parametrize("layout", ["nchw", "tokens"])
 def test_opcheck_backward(needs, layout):
@@ -40,6 +44,7 @@ def test_opcheck_backward(needs, layout):
     torch.library.opcheck(ops.multi_dilation_dwconv_backward, (grad, x, weight, [1, 3], "concat", *needs, "eager"))
 
 
+@registered
 @pytest.mark.parametrize("backend", ["eager", "reference"])
 def test_fullgraph_compile_gives_the_same_numbers(backend):
     x, weight, bias = make((2, 3, 6, 5), [1, 3])
@@ -54,6 +59,7 @@ def test_fullgraph_compile_gives_the_same_numbers(backend):
         assert torch.equal(got, wanted)
 
 
+@registered
 def test_switching_rates_compiles_at_most_once_a_set():
     torch._dynamo.reset()
     module = DepthwiseASPP(3, 4, DMSA_RATES[0], pointwise_first=True)

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from dmsa_kernels import DepthwiseASPP, why_not_triton
 from dmsa_kernels.aspp import fused_dwconv_project, launch, ops
 from dmsa_kernels.aspp.layout import is_channels_last
-from tests.aspp.budget import assert_within_budget, plain
+from tests.aspp.budget import assert_within_budget, plain, require_convolution
 from tests.aspp.test_functional import make
+from tests.helpers import registered
 
 needs_interpreter = pytest.mark.skipif(
     why_not_triton(torch.zeros(1)) is not None, reason="needs Triton and TRITON_INTERPRET=1 before the first import"
@@ -93,6 +94,7 @@ def check(tensors, rates, backend, grad="random"):
     ],
 )
 def test_layouts_dtypes_and_odd_shapes(backend, shape, rates, out_channels, layout, dtype):
+    require_convolution(dtype)
     check(make_all(shape, rates, out_channels, dtype=dtype, layout=layout), rates, backend)
 
 
@@ -188,6 +190,7 @@ def test_autocast_around_the_backward_pass_changes_nothing():
     assert all(torch.equal(a, b) for a, b in zip(inside, outside, strict=True))
 
 
+@registered
 @pytest.mark.parametrize("layout", ["nchw", "tokens"])
 @pytest.mark.parametrize("present", [True, False])
 def test_opcheck(layout, present):
@@ -209,6 +212,7 @@ def test_gradcheck(backend):
     assert torch.autograd.gradcheck(op, (x, weight, projection, bias, offset))
 
 
+@registered
 def test_fullgraph_compile_gives_the_same_numbers():
     module = DepthwiseASPP(3, 4, (1, 2), image_pooling=True, projection="fused")
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")

@@ -4,9 +4,10 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
+from pycocotools import mask as coco_mask
 
 from dmsa.config import DataConfig
-from dmsa.data import build
+from dmsa.data import build, outlines
 from dmsa.data.base import colour_map, table
 from dmsa.data.coco import CURATED_FILE, Coco, is_curated
 from tests.data import fixtures
@@ -186,3 +187,135 @@ def test_tables_have_the_agreed_content(name):
         assert [list(mapping.values()).count(k) for k in range(27)] == [
             6, 6, 10, 10, 8, 8, 8, 10, 6, 1, 10, 8, *[list(mapping.values()).count(k) for k in range(12, 27)]
         ]  # fmt: skip
+
+
+# --- annotations that are not what they should be ----------------------------------------------------------------
+
+TRIANGLE = [[1, 1, 30, 1, 1, 30]]
+
+
+def annotated(root, segmentation=None, images=None, height=40, width=50, **changes):
+    """Write one image with one person, as `changes` have it (`...` leaves a key out), and build the data set."""
+    fixtures.write_image(root / "val2017/1.jpg", height, width)
+    entry = {"id": 7, "image_id": 1, "category_id": 1, "area": 100, "segmentation": segmentation or TRIANGLE, **changes}
+    content = {
+        "images": images or [{"id": 1, "file_name": "1.jpg", "height": height, "width": width}],
+        "annotations": [{key: value for key, value in entry.items() if value is not ...}],
+    }
+    (root / "annotations").mkdir(parents=True)
+    (root / "annotations/instances_val2017.json").write_text(json.dumps(content))
+    return build(DataConfig(name="coco80", root=str(root), size=16, crop=8), "val")
+
+
+BAD_OUTLINES = {
+    "short": ({"size": [40, 50], "counts": [0, 100]}, "2 run lengths of 100 pixels in all, expected 2000"),
+    "long": ({"size": [40, 50], "counts": [0, 2001]}, "2 run lengths of 2001 pixels in all, expected 2000"),
+    "no runs": ({"size": [40, 50], "counts": []}, "0 run lengths of 0 pixels in all"),
+    "empty text": ({"size": [40, 50], "counts": ""}, "0 run lengths of 0 pixels in all"),
+    "negative": ({"size": [40, 50], "counts": [-100, 2100]}, r"run lengths \[-100, 2100\]; expected integers"),
+    "fractions": ({"size": [40, 50], "counts": [0.0, 2000.0]}, "expected integers of at least 0"),
+    "null": ({"size": [40, 50], "counts": None}, "run lengths None"),
+    "other size": ({"size": [50, 40], "counts": [0, 2000]}, r"run lengths of size \[50, 40\]"),
+    "no size": ({"counts": [0, 2000]}, "run lengths of size None"),
+    "no counts": ({"size": [40, 50]}, "expected polygons, or run lengths with `counts`"),
+    "cut text": ({"size": [40, 50], "counts": "0T"}, "that end within a number"),
+    "other text": ({"size": [40, 50], "counts": "0\n"}, r"with the character '\\n'"),
+    "short text": ({"size": [40, 50], "counts": "04"}, "2 run lengths of 4 pixels in all"),
+    "odd": ([[1, 1, 9, 1, 9, 9, 1]], "expected x and y of three points at least"),
+    "two points": ([[1, 1, 9, 9]], "expected x and y of three points at least"),
+    "empty": ([[]], "expected x and y of three points at least"),
+    "flat": ([1, 1, 9, 1, 9, 9], "polygon 1; expected x and y"),
+    "words": ([[1, 1, 9, 1, 9, "9"]], "expected numbers"),
+    "null point": ([[1, 1, 9, 1, 9, None]], "expected numbers"),
+    "far": ([[0, 0, 1e8, 0, 1e8, 1e8, 0, 1e8]], "expected points of the image"),
+    "huge": ([[0, 0, 10**400, 0, 9, 9]], "expected points of the image"),
+    "NaN": ([[0, 0, float("nan"), 0, 10, 10]], "expected points of the image"),
+    "infinite": ([[0, 0, float("inf"), 0, 10, 10]], "expected points of the image"),
+    "endless": ([[0, 0, 50, 40] * 1000], "of 2000 points; expected points of the image"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_OUTLINES)
+def test_outlines_that_do_not_fit_their_image(tmp_path, kind):
+    outline, message = BAD_OUTLINES[kind]
+    data = annotated(tmp_path, outline)
+    with pytest.raises(
+        ValueError,
+        match=rf"instances_val2017\.json has an outline of image 1 that cannot be .* 40 x 50 pixels: .*{message}",
+    ):
+        data.read_label(0)
+
+
+def test_outlines_that_fit(tmp_path):
+    mask = np.zeros((40, 50), np.uint8)
+    mask[3:20, 5:30] = np.random.default_rng(0).integers(0, 2, (17, 25))
+    packed = coco_mask.encode(np.asfortranarray(mask))["counts"].decode()
+    runs = np.diff(np.flatnonzero(np.diff(np.concatenate([[2], mask.ravel(order="F"), [2]])))).tolist()
+    assert outlines.unpack_runs(packed) == runs
+    for counts in (packed, runs):
+        np.testing.assert_array_equal(outlines.draw_outline({"size": [40, 50], "counts": counts}, 40, 50), mask == 1)
+    outside = outlines.draw_outline([[-3, -3, 60, -3, 60, 20, -3, 20]], 40, 50)  # annotators leave the image a little
+    assert outside[:20].all()
+    assert not outside[20:].any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"area": None}, r"with id=7, image_id=1 has area=None; expected its area in pixels"),
+        ({"area": ...}, r"with id=7, image_id=1 has no 'area'"),
+        ({"area": float("nan")}, "has area=nan"),
+        ({"area": "9"}, "has area='9'"),
+        ({"iscrowd": "no"}, "has iscrowd='no'; expected 0 or 1"),
+        ({"category_id": ...}, "with id=7, image_id=1 has no 'category_id'"),
+        ({"category_id": [1]}, r"has category_id=\[1\]; expected an integer"),
+        ({"image_id": None}, "has image_id=None"),
+        ({"id": ...}, "with image_id=1 has no 'id'"),
+        ({"images": [{"id": 1, "height": 40, "width": 50}]}, "'images' with id=1 has no 'file_name'"),
+        ({"images": [{"id": 1, "file_name": "1.jpg", "height": 40}]}, r"file_name='1\.jpg' has no 'width'"),
+        ({"images": [{"id": 1, "file_name": "1.jpg", "height": 10**9, "width": 9}]}, r"expected 1\.\.65536 pixels"),
+        ({"images": [{"id": 1, "file_name": "1.jpg", "height": 40.5, "width": 9}]}, r"has height=40\.5"),
+        ({"images": ["1.jpg"]}, "'1.jpg' in 'images', no object"),
+    ],
+)
+def test_entries_are_named_with_what_they_lack(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=rf"instances_val2017\.json is not a COCO annotation file: .*{message}"):
+        annotated(tmp_path, **changes)
+
+
+def test_ids_that_occur_twice(tmp_path):
+    one = {"id": 1, "file_name": "1.jpg", "height": 40, "width": 50}
+    for i, images in enumerate(([one, {**one, "file_name": "2.jpg"}], [one, {**one, "id": 2}])):
+        with pytest.raises(ValueError, match=r"instances_val2017\.json names 1 twice"):
+            annotated(tmp_path / str(i), images=images)
+    fixtures.coco(tmp_path / "c", maps=False)
+    path = tmp_path / "c/annotations/instances_val2017.json"
+    content = json.loads(path.read_text())
+    content["annotations"].append(content["annotations"][0])
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"instances_val2017\.json names 1 twice"):
+        build(DataConfig(name="coco80", root=str(tmp_path / "c")), "val")
+    for text in ("[]", '{"images": []}', "{"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"instances_val2017\.json is not a COCO annotation file"):
+            build(DataConfig(name="coco80", root=str(tmp_path / "c")), "val")
+
+
+def test_annotations_and_images_that_are_not_used_are_counted(tmp_path):
+    fixtures.write_image(tmp_path / "val2017/2.jpg")
+    data = annotated(tmp_path, image_id=3)
+    path = tmp_path / "annotations/instances_val2017.json"
+    assert data.left_out == [
+        f"left out: 1 annotations of {path} of images that it does not list (ids 7)",
+        f"left out: 1 images that {path} does not list (2)",
+    ]
+    assert not data.read_label(0).any()
+    path.write_text(path.read_text().replace('"image_id": 3', '"image_id": 1').replace(json.dumps(TRIANGLE), "[]"))
+    data = build(DataConfig(name="coco80", root=str(tmp_path)), "val")
+    assert data.left_out[0] == f"left out: 1 annotations of {path} without an outline (ids 7)"
+
+
+def test_a_size_that_is_not_the_files_is_an_error(tmp_path):
+    data = annotated(tmp_path, images=[{"id": 1, "file_name": "1.jpg", "height": 50, "width": 40}])
+    with pytest.raises(ValueError, match=r"label of 1 is \(50, 40\), its image \(40, 50\)"):
+        data.raw(0)

@@ -2,6 +2,7 @@ import json
 import shutil
 
 import pytest
+from PIL import Image
 
 from dmsa import cli
 from dmsa.commands.doctor import main
@@ -115,6 +116,48 @@ def test_decoding_finds_broken_files(tmp_path, capsys):
     assert "1 broken: cannot decode" in text
     assert "2007_train1.jpg" in text
     assert "2007_val0.png holds ids outside the table: [77]" in text
+
+
+def test_decoding_says_what_it_decoded_and_what_was_unusual(tmp_path, capsys):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for i in range(3):
+        fixtures.write_image(tmp_path / f"images/{i}.jpg", 48, 64)
+        fixtures.write_grey(tmp_path / f"masks/{i}.png", fixtures.blocks([0, 1, 255, 255], 48, 64))
+    Image.open(tmp_path / "images/0.jpg").save(tmp_path / "images/0.jpg", exif=exif)  # its mask is as it is stored
+    fixtures.write_image(tmp_path / "images/1.jpg", 64, 48)
+    Image.open(tmp_path / "images/1.jpg").convert("CMYK").save(tmp_path / "images/1.jpg", exif=exif)
+    (tmp_path / "images/._0.jpg").write_bytes(b"")
+    (tmp_path / "classes.txt").write_text("background\ncat\ndog\n")
+    assert main([str(tmp_path), "--name", "folder"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        "folder: usable",
+        "  3 classes: 0 background (background), 1 cat (thing), 2 dog (thing)",
+        "  train 3 images, labels from masks",
+        f"        left out of {tmp_path}/images: 1 hidden (._0.jpg)",
+        "  val   3 images, labels from masks",
+        f"        left out of {tmp_path}/images: 1 hidden (._0.jpg)",
+    ]
+    assert main([str(tmp_path), "--name", "folder", "--decode"]) == 0
+    assert capsys.readouterr().out.splitlines()[4:6] == [
+        "        decoded 3 images of 48 x 64 to 48 x 64 pixels; 2 of 3 classes occur in their labels (not dog), 50.0 % "
+        "of the pixels are 255 (ignored)",
+        "        unusual: 1 in CMYK (1); 1 on their side (EXIF orientation 6), and so are their labels (0); 1 turned "
+        "upright as EXIF says (orientation 6) (1)",
+    ]
+
+
+def test_binary_masks_of_0_and_255_are_not_usable(tmp_path, capsys):
+    for i in range(2):
+        fixtures.write_image(tmp_path / f"images/{i}.jpg", 48, 64)
+        fixtures.write_grey(tmp_path / f"masks/{i}.png", fixtures.blocks([0, 255]))
+    assert main([str(tmp_path), "--name", "folder"]) == 1
+    assert "they hold only 0 and 255, which means `ignore`" in capsys.readouterr().out
+    (tmp_path / "classes.txt").write_text("background\ncat\n")
+    assert main([str(tmp_path), "--name", "folder", "--decode"]) == 1
+    text = capsys.readouterr().out
+    assert "all labels together hold background alone, beside 255 (binary masks are 0 and 1)" in text
 
 
 def test_json_holds_the_same(tmp_path, capsys):

@@ -108,3 +108,80 @@ def test_two_images_of_one_name(tmp_path):
     fixtures.write_image(tmp_path / "a.png")
     with pytest.raises(ValueError, match=r"images in .* differ only by their ending, a\.jpg, a\.png"):
         build(config(tmp_path), "val")
+
+
+# --- masks whose classes cannot be told ------------------------------------------------------------------------
+
+
+def with_masks(root, *masks):
+    for i, mask in enumerate(masks):
+        fixtures.write_image(root / "images" / f"{i}.jpg")
+        fixtures.write_grey(root / "masks" / f"{i}.png", fixtures.blocks(mask))
+
+
+@pytest.mark.parametrize(
+    ("masks", "message"),
+    [
+        ([[0, 255], [255]], r"they hold only 0 and 255, which means `ignore` \(binary masks are 0 and 1\)"),
+        ([[255]], "they hold only  and 255"),
+        ([[3], [3]], "they hold only 3$"),
+        ([[0, 128]], r"they hold 0, 128: 2 of the ids 0\.\.128"),
+        ([[0, 85, 170], [170]], r"they hold 0, 85, 170: 3 of the ids 0\.\.170"),
+    ],
+)
+def test_masks_without_class_names(tmp_path, masks, message):
+    with_masks(tmp_path, *masks)
+    with pytest.raises(ValueError, match=rf"two classes at least in the {len(masks)} masks in .*masks.*{message}"):
+        build(config(tmp_path), "val")
+    (tmp_path / "classes.txt").write_text("".join(f"class {i}\n" for i in range(180)))
+    assert build(config(tmp_path), "val").num_classes == 180
+
+
+# --- names and places that two readers could understand differently ----------------------------------------------
+
+
+def test_one_split_folder_needs_the_other(tmp_path):
+    fill(tmp_path, split="train")
+    assert len(build(config(tmp_path), "train")) == 3
+    with pytest.raises(FileNotFoundError, match=r"no .*images/val, beside the other split; expected both train, val"):
+        build(config(tmp_path), "val")
+    fill(tmp_path, 1, split="val")
+    fixtures.write_image(tmp_path / "images/beside.jpg")
+    fixtures.write_image(tmp_path / "above.jpg")
+    data = build(config(tmp_path), "val")
+    assert len(data) == 1
+    assert data.left_out == [
+        f"left out: 1 images in {tmp_path}, since there is {tmp_path}/images (above.jpg)",
+        f"left out: 1 images in {tmp_path}/images that are in no split (beside.jpg)",
+    ]
+
+
+def test_masks_in_the_wrong_place_are_not_overlooked(tmp_path):
+    for split in ("train", "val"):
+        fill(tmp_path, 1, split=split)
+    fixtures.write_grey(tmp_path / "masks/0.png", fixtures.blocks([0, 1]))
+    with pytest.raises(FileNotFoundError, match=r"no masks \(\.png\) in .*masks/val"):
+        build(config(tmp_path), "val")
+    (tmp_path / "masks/0.png").unlink()
+    fixtures.write_grey(tmp_path / "masks/val/0.png", fixtures.blocks([0, 1]))
+    train, val = (build(config(tmp_path), split) for split in ("train", "val"))
+    assert (train.labels_from, val.labels_from) == (None, "masks/val")
+    assert train.left_out == [f"no masks in {tmp_path}/masks/train"]
+
+
+def test_masks_of_another_kind_are_not_overlooked(tmp_path):
+    fill(tmp_path, 1)
+    fixtures.write_image(tmp_path / "masks/0.jpg")
+    with pytest.raises(FileNotFoundError, match=r"no masks \(\.png\) in .*masks; left out .*: 1 with the ending \.jpg"):
+        build(config(tmp_path), "val")
+    fixtures.write_grey(tmp_path / "masks/0.PNG", fixtures.blocks([0, 1]))
+    fixtures.write_grey(tmp_path / "masks/1.png", fixtures.blocks([0, 1]))
+    data = build(config(tmp_path), "val")
+    np.testing.assert_array_equal(data.raw(0)[1], fixtures.blocks([0, 1]))
+    assert data.left_out == [
+        f"left out of {tmp_path}/masks: 1 with the ending .jpg (0.jpg)",
+        f"left out: 1 masks in {tmp_path}/masks without an image (1)",
+    ]
+    fixtures.write_grey(tmp_path / "masks/0.png", fixtures.blocks([0, 1]))
+    with pytest.raises(ValueError, match=r"masks in .* differ only by their ending, 0\.PNG, 0\.png"):
+        build(config(tmp_path), "val")

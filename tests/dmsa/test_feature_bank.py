@@ -119,7 +119,7 @@ def test_batches_fit_the_caches_of_a_cpu():
     assert feature_bank.batch_for(tiny_encoder().to("meta"), 16 * side, 128) == 128
 
 
-def test_cache_is_read_again_and_continued_after_a_stop(tmp_path, monkeypatch):
+def test_cache_is_read_again_and_continued_after_a_stop(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(feature_bank, "PART", 2)
     encoder, dataset = tiny_encoder(), Pictures()
     expected = build_feature_bank(encoder, dataset, CONFIG)
@@ -136,12 +136,17 @@ def test_cache_is_read_again_and_continued_after_a_stop(tmp_path, monkeypatch):
         build_feature_bank(encoder, dataset, CONFIG, tmp_path)
     monkeypatch.setattr(feature_bank, "_extract", real)
     dataset.read.clear()
+    capsys.readouterr()
     assert equal(build_feature_bank(encoder, dataset, CONFIG, tmp_path), expected)
+    shown = capsys.readouterr().err
+    assert "feature bank:  40%" in shown, "two of five images are in the finished part"
+    assert "5/5" in shown
     assert set(dataset.read) == {0, 2, 3, 4}, "0 and 4 for the key; 0 and 1 are in the finished part"
     assert dataset.read.count(0) == 1
     dataset.read.clear()
     assert equal(build_feature_bank(encoder, dataset, CONFIG, tmp_path), expected)
     assert sorted(dataset.read) == [0, 4]
+    assert "feature bank" not in capsys.readouterr().err
     assert not list(tmp_path.rglob("*.tmp*"))
 
 

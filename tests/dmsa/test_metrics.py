@@ -159,7 +159,7 @@ def test_counts_beyond_32_bits_and_float_precision_stay_exact():
     histogram = Histogram(2)
     histogram.counts[0, 0] = 2**60
     histogram.update(np.zeros((1, 1), dtype=np.uint8), np.zeros((1, 1), dtype=np.uint8))
-    assert histogram.reduce()[0, 0] == 2**60 + 1
+    assert histogram.reduce().counts[0, 0] == 2**60 + 1
 
 
 def test_memory_does_not_grow():
@@ -183,3 +183,25 @@ def test_things_of_both_kinds_of_data_sets():
     assert things_of(Data).tolist() == [False, True, True, True]
     Data.things_only, Data.n_things = False, 1
     assert things_of(Data).tolist() == [True, False, False, False]
+
+
+def test_pixels_without_a_prediction_are_counted_apart_or_as_misses():
+    pred = np.array([[0, 0, 255, 255], [1, 1, 1, 255]], dtype=np.uint8)
+    label = np.array([[0, 0, 0, 255], [1, 1, 0, 1]], dtype=np.uint8)
+    with pytest.raises(ValueError, match=r"pred has ids \[255\]"):
+        Histogram(2).update(pred, label)
+    histogram = Histogram(2, gaps=True)
+    histogram.update(pred, label)
+    assert histogram.counts.tolist() == [[2, 1], [0, 2]]
+    assert (histogram.unpredicted.tolist(), histogram.ignored.tolist()) == ([1, 1], [1])
+    whole = histogram.reduce()
+    assert (whole.counts.tolist(), whole.unpredicted.tolist()) == ([[2, 1], [0, 2]], [1, 1])
+    left_out, misses = scores(whole.counts), scores(whole.counts, unpredicted=whole.unpredicted)
+    assert (left_out.accuracy, misses.accuracy) == (4 / 5, 4 / 7)
+    assert left_out.iou.tolist() == [2 / 3, 2 / 3]
+    assert misses.iou.tolist() == [2 / 4, 2 / 4]  # TP 2, FN 1 + 1; TP 2, FP 1, FN 1
+    with pytest.raises(ValueError, match=r"label has ids \[7\]"):
+        histogram.update(np.array([255], dtype=np.uint8), np.array([7], dtype=np.uint8))
+    with pytest.raises(ValueError, match=r"pred has ids \[9\]"):
+        histogram.update(np.array([9], dtype=np.uint8), np.array([1], dtype=np.uint8))
+    assert histogram.counts.sum() == 5

@@ -1,13 +1,15 @@
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from dmsa import checkpoint, cli
+from dmsa import checkpoint, cli, visualize
 from dmsa.commands.predict import find_images, output_names
 from dmsa.data.transforms import normalise
 from dmsa.scoring.predictor import load_predictor
@@ -132,11 +134,82 @@ def test_evaluation_of_the_run_repeats_its_score(run, capsys):
 
 
 def test_images_by_folder_file_and_pattern(photos):
-    found = find_images([str(photos / "*.png"), str(photos)])
+    found = find_images([str(photos / "*.png"), str(photos)], "out")
     assert [path.name for path in found] == ["a.png", "b.jpg", "a.png"]
     names = output_names(found)
     assert len(set(names)) == 3
     assert output_names([photos / "a.png", photos / "a.jpg"]) == ["a_png", "a_jpg"]
+
+
+def test_output_names_tell_images_apart():
+    def names(*paths):
+        return output_names([Path(path) for path in paths])
+
+    assert names("x/a.jpg", "x/a.png", "y/a.jpg") == ["a_jpg", "a_png", "a"]
+    assert names("x/a.jpg", "y/a.jpg", "y/b.jpg") == ["x_a", "y_a", "b"]
+    assert names("u/x/a.jpg", "v/x/a.jpg", "a.jpg") == ["u_x_a", "v_x_a", "a"]
+    assert names("a.b.jpg", "a.c.jpg") == ["a.b", "a.c"]
+
+
+def digest(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("images", "out", "message"),
+    [
+        (["a.png"], ".", r"would replace what is read: .*a\.png"),
+        (["a.png", "b.jpg"], ".", r"would replace what is read: .*a\.png"),
+        (["."], ".", "is a folder of images; choose another"),
+        (["deep"], "../photos/deep/", "is a folder of images; choose another"),
+        (["a.jpg", "a_overlay.jpg"], "new", r"a_overlay\.png: several inputs would be written there"),
+        (["b.jpg"], "a.png", "--out='.*a.png' cannot be made: there is a file of this name"),
+    ],
+)
+def test_images_are_never_replaced(run, photos, monkeypatch, capsys, images, out, message):
+    for name in ("a.jpg", "a_overlay.jpg"):
+        Image.new("RGB", (9, 9)).save(photos / name)
+    monkeypatch.chdir(photos)
+    before = digest(photos)
+    for force in ([], ["--force"]):
+        assert cli.main(["predict", *images, "--checkpoint", str(run), "--out", out, *force]) == 1
+        assert re.search(message, capsys.readouterr().err)
+    assert digest(photos) == before
+
+
+def test_results_are_replaced_on_request_only_and_are_no_images(run, photos, monkeypatch, capsys):
+    monkeypatch.chdir(photos)
+    command = ["predict", ".", "--checkpoint", str(run), "--out", "results", "--no-overlay"]
+    assert cli.main(command) == 0
+    before = digest(photos / "results")
+    assert len(before) == 3
+    assert cli.main(command) == 1
+    assert "there already; --force replaces" in capsys.readouterr().err
+    assert cli.main([*command, "--force"]) == 0
+    assert digest(photos / "results") == before
+
+
+def test_listing_says_what_it_leaves_out(photos, capsys):
+    (photos / "._a.png").write_bytes(b"")
+    (photos / "c.heic").write_bytes(b"")
+    assert len(find_images([str(photos)], "out")) == 3
+    assert capsys.readouterr().err == f"left out of {photos}: 1 hidden (._a.png); 1 with the ending .heic (c.heic)\n"
+
+
+def test_a_picture_on_its_side_is_segmented_upright(run, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels = (np.random.default_rng(0).random((40, 70, 3)) * 255).astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "upright.png")
+    Image.fromarray(np.ascontiguousarray(np.rot90(pixels))).save(tmp_path / "turned.png", exif=exif)
+    Image.fromarray(pixels.mean(2).astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    out = tmp_path / "out"
+    assert cli.main(["predict", str(tmp_path), "--checkpoint", str(run), "--out", str(out)]) == 0
+    upright, turned = (np.array(Image.open(out / f"{name}.png")) for name in ("upright", "turned"))
+    assert upright.shape == (40, 70)
+    np.testing.assert_array_equal(upright, turned)
+    assert Image.open(out / "turned_overlay.png").size == (70, 40)
+    assert np.array(Image.open(out / "deep_overlay.png")).std() > 10
 
 
 @pytest.mark.parametrize("command", ["predict", "export"])
@@ -177,6 +250,17 @@ def test_overlay_draws_edges_and_names():
     assert (named != drawn).any(axis=(0, 2))[:40].any()
     assert (named != drawn).any(axis=(0, 2))[40:].any()
     assert (name_regions(drawn, labels, []) == drawn).all()
+
+
+def test_a_large_picture_is_drawn_in_parts(monkeypatch):
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (50, 70, 3), dtype=np.uint8)
+    labels = np.repeat(np.array([[0, 1]], dtype=np.uint8), 35, 1).repeat(50, 0)
+    palette = rng.integers(0, 256, (2, 3), dtype=np.uint8)
+    whole = overlay(image, labels, palette)
+    monkeypatch.setattr(visualize, "PIXELS_AT_ONCE", 100)
+    np.testing.assert_array_equal(overlay(image, labels, palette), whole)
+    assert (name_regions(whole, labels, ["a", "b"]) != whole).any()
 
 
 def test_panel_is_a_titled_table():

@@ -14,12 +14,12 @@ from PIL import Image
 from dmsa.commands.pretrain import main
 from dmsa.data.shapes import OUTLINES, PERIOD, TEXTURES, THINGS
 from dmsa.models.conv_stem import ConvStem
-from dmsa.models.encoder import Encoder
+from dmsa.models.encoder import Encoder, build_encoder
 from dmsa.models.late_class import LateClassViT
+from dmsa.models.network import load_network
 from dmsa.models.shapes_vit import WEIGHTS
 from dmsa.pretrain.config import PretrainConfig
 from dmsa.pretrain.dino import random_crop, sinkhorn
-from dmsa.pretrain.distil import StrongNetwork
 from dmsa.pretrain.formula import (
     ANGLE,
     LOBES,
@@ -33,8 +33,9 @@ from dmsa.pretrain.formula import (
     targets,
     texture,
 )
+from dmsa.pretrain.hybrid import evidence
 from dmsa.pretrain.loop import learning_rate
-from dmsa.pretrain.quality import mean_iou, measure, patch_labels, tokens_and_attention
+from dmsa.pretrain.quality import mean_iou, measure, normalise, patch_labels, tokens_and_attention
 from dmsa.pretrain.run import build_backbone, pretrain
 
 TINY = {"encoder": "shapes_vit_tiny", "size": 32, "batch": 4, "threads": 1, "log_every": 2, "report_pictures": 0}
@@ -241,7 +242,7 @@ def test_class_tokens_with_moved_attention():
 
     shift = torch.rand(2, 16)
     for given in (None, shift):
-        token, moved, attention = class_tokens(vit, images, given)
+        token, moved, attention = class_tokens(vit, vit.patch_embed(images), given)
         torch.testing.assert_close(token, vit(images))
         torch.testing.assert_close(attention, attended.attention[..., 1:].mean(1))
         for patch in (0, 13):
@@ -256,7 +257,7 @@ def test_only_the_first_stage_teaches_attention_through_the_class_token():
     vit, images = build_backbone("shapes_vit_tiny", 32), torch.randn(1, 3, 32, 32)
     weight = vit.blocks[-1].attn.qkv.weight
     for shift, learns in ((None, True), (torch.rand(1, 16), False)):
-        (gradient,) = torch.autograd.grad(class_tokens(vit, images, shift)[0].square().sum(), weight)
+        (gradient,) = torch.autograd.grad(class_tokens(vit, vit.patch_embed(images), shift)[0].square().sum(), weight)
         assert bool(gradient[: 2 * vit.embed_dim].abs().max() > 0) == learns  # queries and keys
         assert gradient[2 * vit.embed_dim :].abs().max() > 0
 
@@ -382,10 +383,11 @@ def strong(tmp_path_factory):
     return {"teacher": "test_efficientnet", "teacher_weights": str(path)}
 
 
-@pytest.mark.parametrize("recipe", ["formula", "dino", "distil"])
+@pytest.mark.parametrize("recipe", ["formula", "dino", "distil", "hybrid"])
 def test_resume_is_bit_identical(recipe, photos, strong, tmp_path):
     common = {**TINY, "recipe": recipe, "steps": 6, "images": None if recipe == "formula" else str(photos)}
-    common |= strong if recipe == "distil" else {}
+    common |= strong if recipe in ("distil", "hybrid") else {}
+    common |= {"encoder": f"hybrid:{strong['teacher']}"} if recipe == "hybrid" else {}
     common |= {"categories": 12, "prototypes": 8, "local_crops": 2}
     pretrain(PretrainConfig(**common, out=str(tmp_path / "whole")))
     first = PretrainConfig(**common, out=str(tmp_path / "parts"), stop_after=3)
@@ -437,15 +439,48 @@ def test_strong_network_of_any_layout(name, channels, pooled, tmp_path):
     path = tmp_path / "weights.pth"
     network = timm.create_model(name, pretrained=False).eval()
     torch.save(network.state_dict(), path)
-    strong = StrongNetwork(name, str(path)).train()
+    strong = load_network(name, path).train()
     images = torch.rand(2, 3, strong.size, strong.size)
-    features, whole = strong(images)
+    features, whole = strong.read(images)
     assert features.shape[:2] == (2, channels)
     assert features.shape[2] == features.shape[3]
     assert whole.shape == (2, pooled)
     if name == "test_resnet":
         torch.testing.assert_close(features.mean((2, 3)), whole)
         torch.testing.assert_close(network.get_classifier()(whole), network((images - strong.mean) / strong.std))
+
+
+def test_hybrid_tells_what_it_attends_to_and_loads(photos, strong, tmp_path):
+    name = f"hybrid:{strong['teacher']}"
+    values = {**TINY, **strong, "encoder": name, "log_every": 1, "batch": 8, "size": 64}
+    pretrain(PretrainConfig(**values, recipe="hybrid", images=str(photos), steps=60, out=str(tmp_path)))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    for figure in ("whole_cosine", "moved_cosine"):
+        assert np.mean([line[figure] for line in lines[-5:]]) > lines[0][figure] + 0.1
+    assert np.mean([line["loss_attention"] for line in lines[-5:]]) < lines[0]["loss_attention"]
+    encoder = build_encoder(name, tmp_path / "encoder.safetensors")
+    network = load_network(strong["teacher"], strong["teacher_weights"])
+    images = torch.rand(2, 3, 96, 64)
+    found, top = encoder.vit.patch_embed.proj.network.maps(images)
+    whole = network.network.forward_features((images - network.mean) / network.std)
+    torch.testing.assert_close(top, whole, rtol=0.02, atol=0.02 * whole.std().item())  # weights are kept in 16 bits
+    assert found.shape[2:] == (6, 4)
+    patches, token = encoder(normalise(images))
+    assert patches.shape == (2, 24, encoder.embed_dim)
+    assert torch.isfinite(token).all()
+    with pytest.raises(FileNotFoundError, match="recipe hybrid"):
+        build_encoder(name)
+
+
+def test_evidence_is_where_the_classifier_finds_much_away_from_the_border():
+    logits = torch.zeros(1, 5, 5, 3)
+    logits[0, 2, 3] = 4
+    places = torch.tensor([1.0, 0.0]).expand(1, 5, 5, 2).clone()
+    places[0, 2, 2] = torch.tensor([0.0, 1.0])
+    found = evidence(places, logits)[0].view(5, 5)
+    assert sorted(found.flatten().topk(2).indices.tolist()) == [12, 13]
+    torch.testing.assert_close(found.mean(), torch.tensor(0.0), rtol=0, atol=1e-5)
+    assert torch.isfinite(evidence(torch.zeros(1, 3, 3, 2), torch.zeros(1, 3, 3, 4))).all()
 
 
 def test_any_timm_vit_and_the_saved_file_loads(tmp_path):
@@ -472,10 +507,10 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
         (["--recipe", "dino", "--images", "{empty}"], "holds 0 images"),
         (["--recipe", "distil"], "'distil' needs a folder of images"),
         (["--recipe", "distil", "--images", "{photos}"], "needs a network of timm"),
-        (["--recipe", "distil", "--images", "{photos}", "--teacher", "resnet51"], "teacher='resnet51'"),
+        (["--recipe", "distil", "--images", "{photos}", "--teacher", "resnet51"], "network 'resnet51'"),
         (
             ["--recipe", "distil", "--images", "{photos}", "--teacher", "resnet18", "--teacher-weights", "no.pth"],
-            "'no.pth' does not exist",
+            "'no.pth' of 'resnet18' do not exist",
         ),
         (
             [
@@ -488,10 +523,13 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
                 "--teacher-weights",
                 "{weights}",
             ],
-            "are not those of test_resnet",
+            "other weights than those of test_resnet",
         ),
         (["--encoder", "resnet18"], "encoder='resnet18'"),
         (["--size", "30"], "multiple of the patch size"),
+        (["--recipe", "hybrid", "--images", "{photos}"], "needs hybrid:NETWORK"),
+        (["--recipe", "hybrid", "--images", "{photos}", "--encoder", "hybrid:resnet51"], "network 'resnet51'"),
+        (["--recipe", "hybrid", "--images", "{photos}", "--encoder", "hybrid:test_vit"], "network 'test_vit'"),
         (["--steps", "0"], "steps=0"),
         (["--categories", "1"], "at least 2 categories"),
         (["--patch-weight", "-1"], "patch_weight=-1"),

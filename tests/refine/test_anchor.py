@@ -6,7 +6,7 @@ import torch
 from dmsa_kernels import PAMR, PAR, LocalConsistencyModule, local_affinity, propagate
 from dmsa_kernels.refine import refine
 from dmsa_kernels.refine.fitted import fitted_preset
-from tests.helpers import LargestTensor, brute_propagate, require_backend
+from tests.helpers import LargestTensor, brute_propagate, registered, require_backend
 
 OPS = torch.ops.dmsa_kernels
 BACKENDS = ("reference", "eager", "triton")
@@ -105,6 +105,7 @@ def test_gradients(backend, leaves):
         assert (actual - expected).norm() <= 1e-5 * expected.norm()
 
 
+@registered
 @pytest.mark.parametrize("num_iter", [0, 1, 3])
 @pytest.mark.parametrize("valid", [None, torch.tensor([[True, False, True]])])
 @pytest.mark.parametrize("backend", ["eager", "reference"])
@@ -128,6 +129,7 @@ def test_the_gradient_of_one_number():
     assert torch.autograd.gradcheck(lambda a: refine(image, masks, [1], 2, anchor=a), anchor)
 
 
+@registered
 @pytest.mark.parametrize("backend", ["eager", "triton"])
 def test_opcheck(backend):
     require_backend(backend)
@@ -144,6 +146,7 @@ def test_opcheck(backend):
     )
 
 
+@registered
 def test_compiles_without_graph_breaks():
     image, masks, anchor = rand(1, 3, 12, 16), rand(1, 3, 3, 4, seed=1), rand(1, 1, 12, 16) / 2
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten
 
 from dmsa_kernels import PAMR, PAR
 from dmsa_kernels.refine import local_affinity, ops, propagate, refine
-from tests.helpers import LargestTensor, require_backend
+from tests.helpers import LargestTensor, registered, require_backend
 
 OPS = torch.ops.dmsa_kernels
 SPEC = ([1, 2], 2.0, 0.3, "neighbours", 0.3e-8, 0.01)
@@ -24,6 +24,7 @@ def _tensors(requires_grad=False, dtype=torch.float32):
 VALID = torch.tensor([[True, False, True], [True, True, True]])
 
 
+@registered
 @pytest.mark.parametrize("backend", ["eager", "reference", "triton"])
 @pytest.mark.parametrize("fast", [False, True])
 def test_opcheck_affinity(backend, fast):
@@ -35,6 +36,7 @@ def test_opcheck_affinity(backend, fast):
     torch.library.opcheck(OPS.local_affinity_backward.default, (weights.detach(), image.detach(), *SPEC, backend))
 
 
+@registered
 @pytest.mark.parametrize("backend", ["eager", "reference", "triton"])
 @pytest.mark.parametrize("valid", [None, VALID])
 def test_opcheck_propagation(backend, valid):
@@ -52,6 +54,7 @@ def test_opcheck_propagation(backend, valid):
         )
 
 
+@registered
 @pytest.mark.parametrize("sigma", ["neighbours", "centred", "centre_once", "none"])
 @pytest.mark.parametrize("exponent", [1.0, 2.0])
 def test_gradcheck_affinity(sigma, exponent):
@@ -63,6 +66,7 @@ def test_gradcheck_affinity(sigma, exponent):
     assert torch.autograd.gradcheck(weights, image, atol=1e-4)
 
 
+@registered
 @pytest.mark.parametrize("valid", [None, VALID[:1]])
 @pytest.mark.parametrize("num_iter", [0, 1, 3])
 def test_gradcheck_propagation(valid, num_iter):
@@ -73,6 +77,7 @@ def test_gradcheck_propagation(valid, num_iter):
     )
 
 
+@registered
 def test_only_the_needed_gradients_are_computed():
     image, _, masks = _tensors()
     affinity = local_affinity(image, [1])
@@ -102,6 +107,7 @@ def test_labels_carry_no_gradient():
     assert not values.requires_grad
 
 
+@registered
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_without_graph_breaks(dynamic):
     image, _, masks = _tensors()
@@ -122,6 +128,7 @@ def test_compiles_without_graph_breaks(dynamic):
             assert torch.allclose(a.grad, b.grad, atol=1e-5)
 
 
+@registered
 @pytest.mark.parametrize("backend", ["eager", "reference", "triton"])
 def test_results_have_the_strides_that_the_fakes_promise(backend):
     require_backend(backend)
@@ -139,10 +146,11 @@ def test_results_have_the_strides_that_the_fakes_promise(backend):
             fakes = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in values]
             promised = operator(*fakes)
         made = operator(*values)
-        for real, fake in zip(tree_leaves(made), tree_leaves(promised), strict=True):
+        for real, fake in zip(tree_flatten(made)[0], tree_flatten(promised)[0], strict=True):
             assert (real.shape, real.dtype, real.stride()) == (fake.shape, fake.dtype, fake.stride()), name
 
 
+@registered
 def test_modules_compile():
     image, _, masks = _tensors()
     for module in (PAR([1, 2], 2), PAMR(2, [1, 2])):
@@ -150,6 +158,7 @@ def test_modules_compile():
         assert torch.equal(compiled(image, masks), module(image, masks))
 
 
+@registered
 def test_inductor_compiles_labels():
     image, _, masks = _tensors()
     compiled = torch.compile(lambda a, b: refine(a, b, [1], 2, return_labels=True), fullgraph=True)

@@ -23,7 +23,7 @@ _OVERRUN = 4096
 def needs_int64(*tensors: Tensor) -> bool:
     """Return whether an offset into one of ``tensors`` can leave 32 bits; meta tensors do."""
     for tensor in tensors:
-        reach = sum((size - 1) * abs(stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        reach = sum((size - 1) * abs(stride) for size, stride in zip(tensor.shape, tensor.stride()))
         if tensor.numel() and reach + _OVERRUN > _INT32_MAX:
             return True
     return False
