@@ -53,6 +53,8 @@ class PretrainConfig:
     """Steps between log lines."""
     report_pictures: int = 120
     """Pictures of `shapes` on which the report measures the features; 0 for no report."""
+    report_root: str | None = None
+    """A COCO root on whose photographs the report measures the features too: 12 super-categories of things."""
     seed: int = 0
     """Seed of categories, initial weights and every step."""
     stop_after: int | None = None

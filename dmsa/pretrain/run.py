@@ -18,7 +18,7 @@ from dmsa.models.shapes_vit import shapes_vit_tiny
 from dmsa.pretrain import dino, distil, formula, hybrid
 from dmsa.pretrain.config import PretrainConfig
 from dmsa.pretrain.loop import run
-from dmsa.pretrain.quality import measure
+from dmsa.pretrain.quality import measure, measure_photos
 
 VERSION = 2
 """Raised when a recipe or the shipped architecture changes, so that older checkpoints are not taken up."""
@@ -82,12 +82,11 @@ def pretrain(config: PretrainConfig) -> dict[str, object]:
     modules, loss_of_step, after_step = build(config, vit)
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    free = {"out", "steps", "cooldown", "threads", "checkpoint_minutes", "log_every", "report_pictures", "stop_after"}
+    free = {"out", "steps", "cooldown", "threads", "checkpoint_minutes", "log_every", "stop_after"}
+    free |= {"report_pictures", "report_root"}
     settings = {"version": VERSION, **{key: value for key, value in asdict(config).items() if key not in free}}
     report: dict[str, object] = {"settings": asdict(config)}
-    if config.report_pictures:
-        report["untrained"] = measure(vit, pictures=config.report_pictures).table()
-        print(f"untrained {report['untrained']}", flush=True)
+    _measure(config, vit, "untrained", report)
     figures: dict[str, float] = {}
     modules.train()
     for figures in run(
@@ -108,8 +107,16 @@ def pretrain(config: PretrainConfig) -> dict[str, object]:
         print(" ".join(f"{name} {value:g}" for name, value in figures.items()), flush=True)
     save_encoder(vit, out / "encoder.safetensors")
     report["last"] = figures
-    if config.report_pictures:
-        report["trained"] = measure(vit, pictures=config.report_pictures).table()
-        print(f"trained   {report['trained']}", flush=True)
+    _measure(config, vit, "trained", report)
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report
+
+
+def _measure(config: PretrainConfig, vit: nn.Module, when: str, report: dict[str, object]) -> None:
+    """Measure the features as the options ask for; print the figures and note them in the report."""
+    if config.report_pictures:
+        report[when] = measure(vit, pictures=config.report_pictures).table()
+        print(f"{when:<9} {report[when]}", flush=True)
+    if config.report_root:
+        report[f"{when}_photos"] = measure_photos(vit, config.report_root, seed=config.seed).table()
+        print(f"{when:<9} photographs {report[f'{when}_photos']}", flush=True)

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from dmsa.commands.pretrain import main
+from dmsa.data.base import table as data_table
 from dmsa.data.shapes import OUTLINES, PERIOD, TEXTURES, THINGS
 from dmsa.models.conv_stem import ConvStem
 from dmsa.models.encoder import Encoder, build_encoder
@@ -35,8 +36,16 @@ from dmsa.pretrain.formula import (
 )
 from dmsa.pretrain.hybrid import evidence
 from dmsa.pretrain.loop import learning_rate
-from dmsa.pretrain.quality import mean_iou, measure, normalise, patch_labels, tokens_and_attention
+from dmsa.pretrain.quality import (
+    mean_iou,
+    measure,
+    normalise,
+    patch_labels,
+    super_categories,
+    tokens_and_attention,
+)
 from dmsa.pretrain.run import build_backbone, pretrain
+from tests.data.fixtures import coco as coco_root
 
 TINY = {"encoder": "shapes_vit_tiny", "size": 32, "batch": 4, "threads": 1, "log_every": 2, "report_pictures": 0}
 MEASURE = {"pictures": 16, "crops": 48, "size": 64}
@@ -541,6 +550,30 @@ def test_bad_arguments_are_named(arguments, message, photos, strong, tmp_path, c
     assert main([*arguments, "--out", str(tmp_path / "run"), "--report-pictures", "0"]) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_super_categories_are_cocos():
+    table = super_categories()
+    names = {name: number for number, name in enumerate(data_table("coco80")["names"])}
+    assert table[0] == 0
+    assert table[255] == table[81] == 255
+    assert set(table[1:81]) == set(range(1, 13))
+    assert table[names["dog"]] == table[names["giraffe"]] != table[names["person"]]
+    assert table[names["cup"]] == table[names["knife"]] != table[names["pizza"]]
+
+
+def test_report_on_photographs(tmp_path, strong):
+    for split in ("train2017", "val2017"):
+        coco_root(tmp_path / "coco", split, images=6)
+    images = str(tmp_path / "coco" / "train2017")
+    values = {**TINY, **strong, "encoder": f"hybrid:{strong['teacher']}", "recipe": "hybrid", "size": 64, "steps": 1}
+    report = pretrain(
+        PretrainConfig(**values, images=images, report_root=str(tmp_path / "coco"), out=str(tmp_path / "run"))
+    )
+    for when in ("untrained_photos", "trained_photos"):
+        assert report[when].keys() == {"probe_miou", "patch_kmeans_miou", "attention_auc", "attention_iou"}
+        assert all(0 <= value <= 100 for value in report[when].values())
+    assert report["trained_photos"] == json.loads((tmp_path / "run/report.json").read_text())["trained_photos"]
 
 
 def test_shipped_weights_are_small_and_better_than_none():
