@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"\ntrain.py: stopped; the same command {goes_on}", file=sys.stderr)
         return 130
     except Exception as error:
-        distributed.complain(error, "train.py")
+        distributed.complain(error, "train.py: error")
         if isinstance(error, distributed.LostRankError):
             os._exit(1)  # a backend that still waits for the lost rank would not let the process end
         if not isinstance(error, SAY_ENOUGH if trainer else (*SAY_ENOUGH, ValueError, TypeError)):

@@ -66,8 +66,13 @@ def main(argv: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         print(f"dmsa {argv[0]}: {needs_extra(error)}", file=sys.stderr)
         return 1
-    except (ValueError, OSError) as error:  # bad input: its message says what to do, a traceback would bury it
-        print(f"dmsa {argv[0]}: {error}", file=sys.stderr)
+    except Exception as error:
+        from dmsa import distributed
+
+        told = (ValueError, OSError, distributed.ElsewhereError, distributed.LostRankError)
+        if not isinstance(error, told):
+            raise
+        distributed.complain(error, f"dmsa {argv[0]}")  # its message says what to do, a traceback would bury it
         return 1
 
 

@@ -293,7 +293,12 @@ def first_of_host_speaks() -> Iterator[None]:
 
 
 def complain(error: BaseException, program: str | None = None) -> None:
-    """Print `error` as one line that names program and rank, and leave it with the launcher for its own report."""
+    """Print `error` as one line that names program and rank, and leave it with the launcher for its own report.
+
+    Args:
+        error: nothing is printed of one that another rank has told already.
+        program: begins the line; the process's own name if None.
+    """
     number, processes = launched()
     # Until they have joined, the processes of a host fail alike, and the first one says it.
     alike = not is_initialized() and int(os.environ.get("LOCAL_RANK", 0)) > 0 and not isinstance(error, RuntimeError)
@@ -302,7 +307,7 @@ def complain(error: BaseException, program: str | None = None) -> None:
         if text.startswith("Caught "):  # a data loader's worker sends its whole traceback as the message
             text = text.strip().splitlines()[-1]
         where = f"rank {number} of {processes}: " if processes > 1 else ""
-        print(f"{program or Path(sys.argv[0]).name}: {where}error: {text}", file=sys.stderr, flush=True)
+        print(f"{program or f'{Path(sys.argv[0]).name}: error'}: {where}{text}", file=sys.stderr, flush=True)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 

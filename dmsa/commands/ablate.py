@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 
+from dmsa import distributed
 from dmsa.training.ablation import ablate
 
 
@@ -36,11 +38,13 @@ def main(argv: list[str]) -> int:
 
     options = tyro.cli(AblateConfig, args=argv, prog="dmsa ablate", description=AblateConfig.__doc__)
     try:
-        lines = ablate(**dataclasses.asdict(options), command=command(options))
+        with distributed.process_group():
+            lines = ablate(**dataclasses.asdict(options), command=command(options))
     except (ValueError, FileNotFoundError) as error:
         print(f"dmsa ablate: {error}", file=sys.stderr)
         return 1
-    print("\n".join(lines))
+    if int(os.environ.get("RANK", 0)) == 0:
+        print("\n".join(lines))
     return 0
 
 

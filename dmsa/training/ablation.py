@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from dmsa import checkpoint, data
+from dmsa import checkpoint, data, distributed
 from dmsa.config import Config, load_preset, resolve_method
 from dmsa.labels.clustering import prepare_centroids
 from dmsa.models.encoder import build_encoder
@@ -120,7 +120,7 @@ def baseline_rows(config: Config) -> list[dict[str, Any]]:
     encoder = build_encoder(config.model.encoder, config.model.weights)
     train_data, val_data = (data.build(config.data, split, config.train.seed) for split in ("train", "val"))
     centroids = prepare_centroids(encoder, train_data, config, Path(config.out) / "cache")
-    return untrained_rows(config, val_data, encoder, centroids.vectors)
+    return distributed.on_main(lambda: untrained_rows(config, val_data, encoder, centroids.vectors))
 
 
 def trained_rows(curves: Curves, number: int) -> list[dict[str, Any]]:
@@ -153,14 +153,20 @@ def scores_of(config: Config) -> tuple[Curve, list[str]]:
         ValueError: the folder holds a run of another configuration; the options that differ are listed.
     """
     folder = Path(config.out)
-    newest = checkpoint.Checkpoints(folder / "checkpoints").newest()
-    state = None if newest is None else checkpoint.load(newest)
-    if state is not None and state["epoch"] >= config.train.epochs:
+
+    def read() -> Curve | None:
+        newest = checkpoint.Checkpoints(folder / "checkpoints").newest()
+        state = None if newest is None else checkpoint.load(newest)
+        if state is None or state["epoch"] < config.train.epochs:
+            return None
         checkpoint.check_config(state, config, newest)
-        scores = state["scores"]
-    else:
+        return state["scores"]
+
+    scores = distributed.on_main(read)
+    if scores is None:
         scores = train(config)["scores"]
-    return [entry for entry in scores if entry["epoch"] < config.train.epochs], commits(folder)
+    made_at = distributed.on_main(lambda: commits(folder))
+    return [entry for entry in scores if entry["epoch"] < config.train.epochs], made_at
 
 
 def seed_entries(curves: Curves, seeds: Sequence[int]) -> tuple[list[str], list[list[Any]]]:
@@ -245,29 +251,34 @@ def ablate(
         f"protocol transfgu at {base.data.size} px.",
         "",
     ]
-    folder = Path(results)
-    folder.mkdir(parents=True, exist_ok=True)
-    if scores:
-        lines = [f"# Scores on {base.data.name}", "", *conditions, *score_table(scored), "", *paired_table(curves), ""]
-        (folder / "shapes_scores.md").write_text("\n".join(lines), encoding="utf-8")
-        keys = ("miou", "accuracy", "boundary")
+
+    def write() -> list[str]:
+        folder = Path(results)
+        folder.mkdir(parents=True, exist_ok=True)
+        if scores:
+            lines = [f"# Scores on {base.data.name}", "", *conditions, *score_table(scored), ""]
+            lines += [*paired_table(curves), ""]
+            (folder / "shapes_scores.md").write_text("\n".join(lines), encoding="utf-8")
+            keys = ("miou", "accuracy", "boundary")
+            entries = [
+                [row["method"], seed, *("" if row[key] is None else f"{row[key]:.3f}" for key in keys)]
+                for seed, rows in zip(seeds, scored, strict=True)
+                for row in rows
+            ]
+            _write_csv(folder / "shapes_scores.csv", ["method", "seed", *keys], entries)
+            return lines
+        lines = [f"# Ablation on {base.data.name}", "", *conditions, *ablation_table(curves), ""]
+        lines += [*paired_table(curves), "", "![mIoU by epoch](ablation_shapes.png)", ""]
+        (folder / "ablation_shapes.md").write_text("\n".join(lines), encoding="utf-8")
         entries = [
-            [row["method"], seed, *("" if row[key] is None else f"{row[key]:.3f}" for key in keys)]
-            for seed, rows in zip(seeds, scored, strict=True)
-            for row in rows
+            [name, seed, entry["epoch"] + 1, f"{entry['miou']:.6f}", f"{entry['accuracy']:.6f}"]
+            for name, runs in curves.items()
+            for seed, run in zip(seeds, runs, strict=True)
+            for entry in run
         ]
-        _write_csv(folder / "shapes_scores.csv", ["method", "seed", *keys], entries)
+        _write_csv(folder / "ablation_shapes.csv", ["row", "seed", "epoch", "miou", "accuracy"], entries)
+        _write_csv(folder / "ablation_shapes_seeds.csv", *seed_entries(curves, seeds))
+        draw(curves, folder / "ablation_shapes.png")
         return lines
-    lines = [f"# Ablation on {base.data.name}", "", *conditions, *ablation_table(curves), "", *paired_table(curves), ""]
-    lines += ["![mIoU by epoch](ablation_shapes.png)", ""]
-    (folder / "ablation_shapes.md").write_text("\n".join(lines), encoding="utf-8")
-    entries = [
-        [name, seed, entry["epoch"] + 1, f"{entry['miou']:.6f}", f"{entry['accuracy']:.6f}"]
-        for name, runs in curves.items()
-        for seed, run in zip(seeds, runs, strict=True)
-        for entry in run
-    ]
-    _write_csv(folder / "ablation_shapes.csv", ["row", "seed", "epoch", "miou", "accuracy"], entries)
-    _write_csv(folder / "ablation_shapes_seeds.csv", *seed_entries(curves, seeds))
-    draw(curves, folder / "ablation_shapes.png")
-    return lines
+
+    return distributed.on_main(write)

@@ -194,7 +194,7 @@ def test_an_error_that_all_ranks_have_is_one_line_before_the_launchers(tmp_path)
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
     (line,) = own_lines(done.stderr)
-    assert line.startswith("train.py: rank 0 of 2: error: 2 processes cannot share train.batch=1, ")
+    assert line.startswith("train.py: error: rank 0 of 2: 2 processes cannot share train.batch=1, ")
     assert "Traceback" not in done.stderr.partition(line)[0]
 
 
@@ -213,11 +213,11 @@ sys.exit(train.main())
     [
         (
             "import dmsa.data; dmsa.data.build = lambda *_: open('/nowhere/at-all')",
-            "train.py: rank 1 of 3: error: [Errno 2] No such file or directory: '/nowhere/at-all'",
+            "train.py: error: rank 1 of 3: [Errno 2] No such file or directory: '/nowhere/at-all'",
         ),
         (
             "from dmsa.training.task import Task; Task.prepare = lambda *_: open('/nowhere/at-all')",
-            "train.py: rank 1 of 3: error: [Errno 2] No such file or directory: '/nowhere/at-all'",
+            "train.py: error: rank 1 of 3: [Errno 2] No such file or directory: '/nowhere/at-all'",
         ),
     ],
     ids=["while the run is built", "in a step"],
