@@ -72,8 +72,8 @@ def save_arrays(path: Path, **arrays: np.ndarray) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def load_arrays(path: Path) -> dict[str, np.ndarray]:
-    """Read an `.npz` file of plain arrays.
+def load_arrays(path: Path, *keys: str) -> dict[str, np.ndarray]:
+    """Read the arrays `keys` (all if none is named) of an `.npz` file of plain arrays.
 
     Raises:
         FileNotFoundError: no such file.
@@ -81,7 +81,7 @@ def load_arrays(path: Path) -> dict[str, np.ndarray]:
     """
     try:
         with np.load(path, allow_pickle=False) as content:
-            return {key: content[key] for key in content.files}
+            return {key: content[key] for key in keys or content.files}
     except FileNotFoundError:
         raise
     except Exception as error:  # zip, deflate and array headers each fail in their own ways

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from dmsa import distributed
 from dmsa.config import Config
 from dmsa.labels.cache import content_key, load_arrays, save_arrays
 from dmsa.labels.feature_bank import FeatureBank, bank_identity, build_feature_bank
 from dmsa.models.encoder import Encoder
-
-T = TypeVar("T")
 
 EXACT_LIMIT = 200_000
 """Up to so many features, k-means sees all of them in every iteration; beyond, batches of them."""
@@ -112,7 +109,7 @@ def prepare_centroids(
     n_stuff = 0 if dataset.things_only else dataset.n_stuff
     key = content_key(**bank_identity(encoder, dataset, config), n_things=n_things, n_stuff=n_stuff, seed=seed)
     path = Path(cache_dir) / f"centroids-{key}.npz"
-    known = _from_rank_0(lambda: Centroids.load(path) if path.is_file() else None)
+    known = distributed.on_main(lambda: Centroids.load(path) if path.is_file() else None)
     if known is not None:
         return known
     bank = build_feature_bank(encoder, dataset, config, cache_dir, batch=batch)
@@ -122,27 +119,7 @@ def prepare_centroids(
         centroids.save(path)
         return centroids
 
-    return _from_rank_0(make)
-
-
-def _from_rank_0(work: Callable[[], T]) -> T:
-    """Run `work` on rank 0 and return its result in every process; where it fails, every process raises."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return work()
-    result, error = None, None
-    if dist.get_rank() == 0:
-        try:
-            result = work()
-        except Exception as raised:  # the other processes must hear of it before it ends this one
-            error = raised
-    box = [(result, None if error is None else f"{type(error).__name__}: {error}")]
-    dist.broadcast_object_list(box, src=0)
-    result, message = box[0]
-    if error is not None:
-        raise error
-    if message is not None:
-        raise RuntimeError(f"rank 0 could not make the centroids: {message}")
-    return result
+    return distributed.on_main(make)
 
 
 def _centres(features: np.ndarray, count: int, seed: int) -> np.ndarray:

@@ -1,27 +1,27 @@
 """The feature bank: DINO class tokens of foreground and background crops of the training images.
 
 Source: TransFGU (`cocostuff_crop.py`), which runs the crops of one image at a time and the left-over ones singly; here
-they are batched across images, sharded over processes, and stored in parts so that a run that was stopped continues.
+they are batched across a few images, shared by processes, and stored as they come so that a stopped run goes on.
 """
 
 from __future__ import annotations
 
-import contextlib
 import sys
+import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from dmsa import distributed
 from dmsa.config import Config
 from dmsa.labels.cache import content_key, dataset_key, image_count, load_arrays, save_arrays, weights_key
 from dmsa.models.encoder import Encoder
@@ -32,11 +32,13 @@ BACKGROUND_SHARE = 0.8
 """A window with more background than this is a background crop."""
 CPU_TOKENS = 2048
 """Patch tokens of a forward pass on a CPU."""
-PART = 32
-"""Images per file of the cache: what a run that is stopped has to do again, at most."""
-WORKERS_FROM = 256
-"""Images from which on loader processes are worth their start."""
-VERSION = 3
+PART_SECONDS = 15.0
+"""Work that goes into one file of the cache: what a stop can cost."""
+PART_IMAGES = 256
+"""Images in one file of the cache, at most."""
+WORKERS_PAY = 64
+"""Starting data-loader workers costs more than fewer images than this do."""
+VERSION = 4
 """Raised when the crops or features change, so that older caches are not taken for current ones."""
 
 
@@ -165,36 +167,31 @@ def build_feature_bank(
     batch = batch or batch_for(encoder, _crop(config), 128)
     image_batch = image_batch or batch_for(encoder, 2 * config.data.size, 8)
     provenance = bank_identity(encoder, dataset, config)
-    folder = None if cache_dir is None else Path(cache_dir) / f"bank-{content_key(**provenance)}"
-    rank, world = (dist.get_rank(), dist.get_world_size()) if _distributed() else (0, 1)
-    parts = [indices[start : start + PART] for start in range(0, len(indices), PART)]
-    mine = range(rank, len(parts), world)
+    key = content_key(**provenance, image_batch=image_batch)
+    folder = None if cache_dir is None else Path(cache_dir) / f"bank-{key}"
+    # A group's images always share their batches, so that neither a stop nor the number of processes changes a bit.
+    groups = [indices[start : start + image_batch] for start in range(0, len(indices), image_batch)]
+    known = distributed.gather_objects({} if folder is None else _groups_in(folder))
+    finished = {group for parts in known for held in parts.values() for group in held}
+    missing = [group for group in range(len(groups)) if group not in finished]
 
-    made: dict[int, dict[str, np.ndarray]] = {}
-    missing = [part for part in mine if folder is None or not _part_path(folder, part).is_file()]
-    squashed = _squashed(dataset, [index for part in missing for index in parts[part]], config)
-    with _progress(sum(len(parts[part]) for part in mine), sum(len(parts[part]) for part in missing)) as advance:
-        for part in missing:
-            arrays = _extract(
-                encoder, squashed, parts[part], boxes, _crop(config), dataset.things_only, batch, image_batch, advance
-            )
-            if folder is None:
-                made[part] = arrays
-            else:
-                save_arrays(_part_path(folder, part), **arrays)
+    made: list[dict[str, np.ndarray]] = []
+    for arrays in _parts(encoder, dataset, config, boxes, groups, missing, batch):
+        if folder is None:
+            made.append(arrays)
+        else:
+            save_arrays(folder / f"part-{arrays['groups'][0]:06d}.npz", **arrays)
 
-    gathered = []
-    for start in range(0, len(parts), world):
-        part = start + rank
-        arrays = None
-        if part < len(parts):
-            arrays = made.pop(part) if folder is None else load_arrays(_part_path(folder, part))
-        gathered += _gather(arrays) if world > 1 else [arrays]
-    if rank:
+    gathered = _gather(made, folder, len(groups))
+    if not distributed.is_main():
         return None
-    gathered = [arrays for arrays in gathered if arrays is not None]
     joined = {key: np.concatenate([arrays[key] for arrays in gathered]) for key in gathered[0]}
-    skipped = [str(name) for name in joined.pop("skipped")]
+    for kind in ("foreground", "background"):
+        order = joined[f"{kind}_image"].argsort(kind="stable")
+        joined |= {key: joined[key][order] for key in (kind, f"{kind}_image")}
+    order = joined.pop("skipped_image").argsort(kind="stable")
+    skipped = [str(name) for name in joined.pop("skipped")[order]]
+    del joined["groups"]
     if skipped:
         warnings.warn(f"feature bank: skipped {len(skipped)} damaged images: {', '.join(skipped[:5])}", stacklevel=2)
     return FeatureBank(**joined, provenance={**provenance, "skipped": skipped})
@@ -265,25 +262,59 @@ class SquashedImages(torch.utils.data.Dataset):
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def _squashed(dataset: Any, indices: Sequence[int], config: Config) -> Iterator[Tensor | str]:
-    workers = config.data.workers if len(indices) >= WORKERS_FROM else 0
-    return iter(
+def _parts(
+    encoder: Encoder,
+    dataset: Any,
+    config: Config,
+    boxes: Sequence[tuple[int, int, int]],
+    groups: Sequence[Sequence[int]],
+    missing: Sequence[int],
+    batch: int,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Yield this process's share of the `missing` groups of images, as many at a time as `PART_SECONDS` suffice for."""
+    from tqdm import tqdm
+
+    chosen = [missing[place] for place in distributed.shard(len(missing))]
+    indices = [index for group in chosen for index in groups[group]]
+    workers = config.data.workers if len(indices) >= WORKERS_PAY else 0
+    squashed = iter(
         DataLoader(SquashedImages(dataset, indices, 2 * config.data.size), batch_size=None, num_workers=workers)
     )
+    before = sum(map(len, groups)) - sum(len(groups[group]) for group in missing)
+    bar = tqdm(
+        total=before + len(indices),
+        initial=before,
+        desc="feature bank",
+        unit=" images",
+        disable=not (indices and distributed.is_main()),
+        mininterval=0.5 if sys.stderr.isatty() else 10.0,
+        dynamic_ncols=True,
+    )
+    finished: list[dict[str, np.ndarray]] = []
+    images, began = 0, time.monotonic()
+    with bar:
+        for place, group in enumerate(chosen):
+            loaded = [(index, next(squashed)) for index in groups[group]]
+            arrays = _extract(encoder, loaded, boxes, _crop(config), dataset.things_only, batch)
+            finished.append({**arrays, "groups": np.array([group])})
+            images += len(loaded)
+            bar.update(len(loaded))
+            distributed.expect()
+            late = time.monotonic() - began > PART_SECONDS or images >= PART_IMAGES
+            if late or place + 1 == len(chosen):
+                yield {key: np.concatenate([one[key] for one in finished]) for key in finished[0]}
+                finished, images, began = [], 0, time.monotonic()
 
 
 def _extract(
     encoder: Encoder,
-    squashed: Iterator[Tensor | str],
-    indices: Sequence[int],
+    loaded: Sequence[tuple[int, Tensor | str]],
     boxes: Sequence[tuple[int, int, int]],
     size: int,
     things_only: bool,
     batch: int,
-    image_batch: int,
-    advance: Callable[[int], object],
 ) -> dict[str, np.ndarray]:
-    """Run one part; crops wait until a batch is full, whichever images they come from. `advance` hears of images."""
+    """Return the crops' class tokens of a group of squashed images; their crops share batches."""
     from dmsa.data.transforms import MEAN, STD
 
     device = next(encoder.parameters()).device
@@ -291,69 +322,31 @@ def _extract(
     pixels = torch.tensor(
         [(t * encoder.patch_size, x * encoder.patch_size, s * encoder.patch_size) for t, x, s in boxes]
     )
-    waiting: list[Tensor] = []
-    features: list[Tensor] = []
-    kinds: list[np.ndarray] = []
-    sources: list[np.ndarray] = []
-    skipped: list[str] = []
-
-    def run(everything: bool) -> None:
-        if not waiting or not (everything or sum(map(len, waiting)) >= batch):
-            return
-        crops = torch.cat(waiting)
-        ready = len(crops) if everything else len(crops) // batch * batch
-        waiting[:] = [crops[ready:]] if ready < len(crops) else []
-        features.extend(class_tokens(encoder, part).cpu() for part in crops[:ready].split(batch))
-
-    for start in range(0, len(indices), image_batch):
-        loaded = [(index, next(squashed)) for index in indices[start : start + image_batch]]
-        advance(len(loaded))
-        skipped += [item for _, item in loaded if isinstance(item, str)]
-        loaded = [(index, item) for index, item in loaded if not isinstance(item, str)]
-        if not loaded:
-            continue
-        images = torch.stack([item for _, item in loaded]).to(device).float().div_(255).sub_(mean).div_(std)
+    damaged = [(index, item) for index, item in loaded if isinstance(item, str)]
+    good = [(index, item) for index, item in loaded if not isinstance(item, str)]
+    crops = [torch.zeros(0, 3, size, size, device=device)]
+    kinds, sources = [np.zeros(0, bool)], [np.zeros(0, np.int64)]
+    if good:
+        images = torch.stack([item for _, item in good]).to(device).float().div_(255).sub_(mean).div_(std)
         shares = window_shares(foreground_of(encoder, images), boxes).cpu()  # [B, W]
-        for image, (index, _), share in zip(images, loaded, shares, strict=True):
+        for image, (index, _), share in zip(images, good, shares, strict=True):
             is_foreground = share > FOREGROUND_SHARE
             is_background = (1 - share > BACKGROUND_SHARE) & (not things_only)
             chosen = (is_foreground | is_background).nonzero().flatten()
-            if not len(chosen):
-                continue
-            waiting.append(cut(image, pixels[chosen].tolist(), size))
+            crops.append(cut(image, pixels[chosen].tolist(), size))
             kinds.append(is_foreground[chosen].numpy())
             sources.append(np.full(len(chosen), index, dtype=np.int64))
-            run(everything=False)
-    run(everything=True)
+    features = [class_tokens(encoder, part).cpu() for part in torch.cat(crops).split(batch) if len(part)]
     tokens = torch.cat(features).numpy() if features else np.zeros((0, encoder.embed_dim), np.float32)
-    foreground = np.concatenate(kinds) if kinds else np.zeros(0, bool)
-    source = np.concatenate(sources) if sources else np.zeros(0, np.int64)
+    foreground, source = np.concatenate(kinds), np.concatenate(sources)
     return {
         "foreground": tokens[foreground],
         "background": tokens[~foreground],
         "foreground_image": source[foreground],
         "background_image": source[~foreground],
-        "skipped": np.array(skipped, dtype=np.str_),
+        "skipped": np.array([message for _, message in damaged], dtype=np.str_),
+        "skipped_image": np.array([index for index, _ in damaged], dtype=np.int64),
     }
-
-
-@contextlib.contextmanager
-def _progress(total: int, missing: int) -> Iterator[Callable[[int], object]]:
-    """Show how many images of this process are done, on rank 0; silent if none is missing."""
-    from tqdm import tqdm
-
-    hidden = not missing or (_distributed() and dist.get_rank() > 0)
-    interval = 0.5 if sys.stderr.isatty() else 10.0
-    with tqdm(
-        total=total,
-        initial=total - missing,
-        desc="feature bank",
-        unit=" images",
-        disable=hidden,
-        mininterval=interval,
-        dynamic_ncols=True,
-    ) as bar:
-        yield bar.update
 
 
 def _thin(count: int, limit: int | None) -> list[int]:
@@ -364,16 +357,33 @@ def _thin(count: int, limit: int | None) -> list[int]:
     return [i * count // limit for i in range(limit)]
 
 
-def _part_path(folder: Path, part: int) -> Path:
-    return folder / f"part-{part:06d}.npz"
+def _groups_in(folder: Path) -> dict[str, list[int]]:
+    """Return the files in `folder`, by name, and the groups of images that each of them holds."""
+    return {path.name: load_arrays(path, "groups")["groups"].tolist() for path in sorted(folder.glob("part-*.npz"))}
 
 
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
-def _gather(arrays: dict[str, np.ndarray] | None) -> list[dict[str, np.ndarray] | None]:
-    """Collect one part of every process; part by part, so that only rank 0 ever holds the whole bank."""
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, arrays)
-    return everyone if dist.get_rank() == 0 else []
+def _gather(made: list[dict[str, np.ndarray]], folder: Path | None, groups: int) -> list[dict[str, np.ndarray]]:
+    """Collect the parts of all processes on rank 0, one of each at a time, so that only rank 0 holds the whole bank."""
+    here = {str(number): arrays["groups"].tolist() for number, arrays in enumerate(made)}
+    if folder is not None:
+        here = _groups_in(folder)
+    # A folder that processes share shows the same files to all of them; the first one sends each group.
+    taken: set[int] = set()
+    mine: list[str] = []
+    for number, parts in enumerate(distributed.gather_objects(here)):
+        for name, held in parts.items():
+            if not taken & set(held):
+                taken |= set(held)
+                mine += [name] * (number == distributed.rank())
+    gathered = []
+    for place in range(max(distributed.gather_objects(len(mine)))):
+        arrays = None
+        if place < len(mine):
+            arrays = made[int(mine[place])] if folder is None else load_arrays(folder / mine[place])
+        everyone = distributed.gather_objects(arrays)
+        gathered += [arrays for arrays in everyone if arrays is not None] if distributed.is_main() else []
+    if len(taken) < groups:
+        raise RuntimeError(
+            f"the feature bank holds {len(taken)} of {groups} groups of images; start again to complete it"
+        )
+    return gathered

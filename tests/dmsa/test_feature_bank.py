@@ -120,34 +120,55 @@ def test_batches_fit_the_caches_of_a_cpu():
 
 
 def test_cache_is_read_again_and_continued_after_a_stop(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(feature_bank, "PART", 2)
+    """A group of images is written once it took long enough; a stop costs what came after it, and changes no bit."""
+    monkeypatch.setattr(feature_bank, "PART_SECONDS", 0.0)
     encoder, dataset = tiny_encoder(), Pictures()
-    expected = build_feature_bank(encoder, dataset, CONFIG)
+    expected = build_feature_bank(encoder, dataset, CONFIG, image_batch=2)
     real, done = feature_bank._extract, []
 
-    def stop_in_the_second_part(*arguments):
+    def stop_in_the_second_group(*arguments):
         if done:
             raise KeyboardInterrupt
         done.append(1)
         return real(*arguments)
 
-    monkeypatch.setattr(feature_bank, "_extract", stop_in_the_second_part)
+    monkeypatch.setattr(feature_bank, "_extract", stop_in_the_second_group)
     with pytest.raises(KeyboardInterrupt):
-        build_feature_bank(encoder, dataset, CONFIG, tmp_path)
+        build_feature_bank(encoder, dataset, CONFIG, tmp_path, image_batch=2)
     monkeypatch.setattr(feature_bank, "_extract", real)
     dataset.read.clear()
     capsys.readouterr()
-    assert equal(build_feature_bank(encoder, dataset, CONFIG, tmp_path), expected)
+    assert equal(build_feature_bank(encoder, dataset, CONFIG, tmp_path, image_batch=2), expected)
     shown = capsys.readouterr().err
     assert "feature bank:  40%" in shown, "two of five images are in the finished part"
     assert "5/5" in shown
     assert set(dataset.read) == {0, 2, 3, 4}, "0 and 4 for the key; 0 and 1 are in the finished part"
     assert dataset.read.count(0) == 1
     dataset.read.clear()
-    assert equal(build_feature_bank(encoder, dataset, CONFIG, tmp_path), expected)
+    assert equal(build_feature_bank(encoder, dataset, CONFIG, tmp_path, image_batch=2), expected)
     assert sorted(dataset.read) == [0, 4]
     assert "feature bank" not in capsys.readouterr().err
     assert not list(tmp_path.rglob("*.tmp*"))
+
+
+def test_files_are_written_early_and_hold_no_more_than_their_share(tmp_path, monkeypatch):
+    def files(seconds: float, images: int) -> int:
+        monkeypatch.setattr(feature_bank, "PART_SECONDS", seconds)
+        monkeypatch.setattr(feature_bank, "PART_IMAGES", images)
+        folder = tmp_path / f"{seconds}-{images}"
+        build_feature_bank(tiny_encoder(), Pictures(5), CONFIG, folder, image_batch=1)
+        return len(list(folder.rglob("part-*.npz")))
+
+    assert files(0.0, 256) == 5
+    assert files(60.0, 256) == 1
+    assert files(60.0, 2) == 3
+
+
+def test_progress_is_shown_from_the_first_image(capsys):
+    build_feature_bank(tiny_encoder(), Pictures(3), CONFIG)
+    printed = capsys.readouterr().err
+    assert "feature bank:   0%" in printed
+    assert "3/3" in printed
 
 
 def test_key_depends_on_weights_data_and_configuration(tmp_path):
@@ -212,18 +233,18 @@ from tests.dmsa.tiny import tiny_encoder
 
 rank, store, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 torch.set_num_threads(1)
-feature_bank.PART = 2
+feature_bank.PART_SECONDS = 0.0
 dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
 data = Pictures()
 centroids = prepare_centroids(tiny_encoder(), data, CONFIG, f"{out}/cache{rank}")
 centroids.save(f"{out}/{rank}.npz")
 if rank:
-    # part 1 alone is this process's; image 0 is read for the key
-    assert set(data.read) == {0, 2, 3, 4}, data.read
+    # Images 0 and 4 are read for the key, the last ones are this process's share.
+    assert 2 <= len(set(data.read) - {0, 4}) <= 3, data.read
 """
 
 
-def test_two_processes_share_the_crops_and_get_the_same_centroids(tmp_path, monkeypatch):
+def test_two_processes_share_the_crops_and_get_the_same_centroids(tmp_path):
     from dmsa.labels.clustering import Centroids, prepare_centroids
 
     arguments = [sys.executable, "-c", SHARD]
@@ -234,7 +255,6 @@ def test_two_processes_share_the_crops_and_get_the_same_centroids(tmp_path, monk
     assert [process.wait(timeout=300) for process in ranks] == [0, 0]
     first, second = (Centroids.load(tmp_path / f"{rank}.npz") for rank in (0, 1))
     assert torch.equal(first.vectors, second.vectors)
-    monkeypatch.setattr(feature_bank, "PART", 2)
     alone = prepare_centroids(tiny_encoder(), Pictures(), CONFIG, tmp_path / "alone")
     torch.testing.assert_close(alone.vectors, first.vectors, atol=1e-4, rtol=1e-4)
     assert alone.provenance == first.provenance
