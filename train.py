@@ -26,8 +26,9 @@ import traceback
 from dmsa import distributed
 from dmsa.cli import needs_extra
 from dmsa.config import parse
+from dmsa.training.run import NotScoredError
 
-SAY_ENOUGH = (OSError, FloatingPointError, distributed.ElsewhereError)
+SAY_ENOUGH = (OSError, FloatingPointError, NotScoredError, distributed.ElsewhereError)
 """Errors of a run whose line needs no traceback; while it is built, wrong values and types are the user's."""
 
 

@@ -14,6 +14,7 @@ A checkpoint is a dict of tensors and plain values:
 | `student`, `teacher`, `initial` | trained weights; the teacher's state; the student's weights before the first step |
 | `optimizer`, `scaler` | their state dicts |
 | `epoch`, `position`, `step` | epoch to go on with, steps already done in it, steps done in all |
+| `trained_epoch`, `unscored` | epoch the student was last trained in; whether it is done but not evaluated yet |
 | `alpha_counter`, `rates` | epochs since the teacher's snapshot; dilation rates the student was last trained with |
 | `centroids` | class centroids and their provenance |
 | `scores`, `best`, `assignment` | scores so far, the best of them, the last prediction-to-class assignment |
@@ -125,6 +126,10 @@ class Checkpoints:
         """File of the best checkpoint, whether it exists or not."""
         return self.folder / "best.pt"
 
+    def path(self, step: int) -> Path:
+        """Return the file of the checkpoint after `step` steps, whether it exists or not."""
+        return self.folder / f"step-{step:08d}.pt"
+
     def newest(self) -> Path | None:
         """Return the checkpoint with the most steps, or None."""
         files = _files(self.folder)
@@ -146,7 +151,7 @@ class Checkpoints:
             if before is not None
             else "No earlier checkpoint exists."
         )
-        path = self.folder / f"step-{state['step']:08d}.pt"
+        path = self.path(state["step"])
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -133,11 +133,11 @@ class Pictures:
     def __init__(self, images: int, seed: int) -> None:
         self.images, self.seed = images, seed
 
-    def raw(self, index: int) -> tuple[np.ndarray, None]:
+    def pixels(self, index: int) -> np.ndarray:
         random = np.random.default_rng((self.seed, index))
         image = random.integers(0, 100, (240, 320, 3), dtype=np.uint8)
         image[60:160, 80:200] += 120
-        return image, None
+        return image
 
 
 def bank_at_once(config: Config, device: torch.device, pictures: Pictures) -> Tensor:

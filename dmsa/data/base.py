@@ -110,6 +110,7 @@ class SegmentationData(Dataset):
         ignore: 255.
         labels_from: where labels come from, in words, or `None` for images alone.
         total: images of the whole split, of which `images` are used.
+        with_labels: whether samples need their label; if not, none is read, and all of it is 255.
         left_out: what was found beside them and is not used, and why; one sentence each.
 
     Args:
@@ -121,6 +122,7 @@ class SegmentationData(Dataset):
     """
 
     ignore = IGNORE
+    with_labels = True
 
     def __init__(
         self,
@@ -226,6 +228,18 @@ class SegmentationData(Dataset):
             label = self._label_for(index, image)
             return np.array(as_rgb(image)), label
 
+    def pixels(self, index: int) -> np.ndarray:
+        """Return image `index`, upright, uint8 `[H, W, 3]`; its label may be missing or broken.
+
+        Raises:
+            CorruptImageError: it cannot be decoded.
+        """
+        image = self.open(index % self.images)
+        if not isinstance(image, Image.Image):
+            return image
+        with image:
+            return np.array(as_rgb(image))
+
     def _label_for(self, index: int, image: Image.Image | np.ndarray) -> np.ndarray | None:
         """Return the label of an opened image; it tells whether the image is meant upright, or as it is stored."""
         label = self.read_label(index)
@@ -248,7 +262,8 @@ class SegmentationData(Dataset):
     def _sample(self, index: int, seed_index: int) -> dict[str, object]:
         image = self.open(index)
         with image if isinstance(image, Image.Image) else contextlib.nullcontext():
-            return self.transform(image, self._label_for(index, image), index=seed_index, epoch=int(self._epoch))
+            label = self._label_for(index, image) if self.with_labels else None
+            return self.transform(image, label, index=seed_index, epoch=int(self._epoch))
 
     def __getitem__(self, index: int) -> dict[str, object]:
         if not -len(self) <= index < len(self):

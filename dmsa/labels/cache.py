@@ -39,7 +39,7 @@ def dataset_key(dataset: Any) -> str:
             digest.update(f"{dataset.image_name(index)}\n".encode())
     for index in sorted({0, count - 1}):
         try:
-            digest.update(np.ascontiguousarray(dataset.raw(index)[0]))
+            digest.update(np.ascontiguousarray(dataset.pixels(index)))
         except ValueError as error:  # a damaged image is skipped later; its name already is part of the key
             digest.update(type(error).__name__.encode())
     return digest.hexdigest()[:KEY_LENGTH]

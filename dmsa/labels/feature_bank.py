@@ -147,7 +147,7 @@ def build_feature_bank(
 
     Args:
         encoder: on the device where it is to run.
-        dataset: offers `raw(index)`, `things_only`, and its identity (`name`, `classes`, `images`).
+        dataset: offers `pixels(index)`, `things_only`, and its identity (`name`, `classes`, `images`).
         config: reads `data.size`, `data.workers`, `labels.bank_scales`, `labels.bank_crop`,
             `labels.bank_images`.
         cache_dir: keeps finished parts there, under a key of encoder weights, data set and the fields above; a second
@@ -255,7 +255,7 @@ class SquashedImages(torch.utils.data.Dataset):
 
         index = self.indices[place]
         try:
-            pixels = self.dataset.raw(index)[0]
+            pixels = self.dataset.pixels(index)
         except CorruptImageError as error:
             return str(error)
         image = Image.fromarray(pixels).resize((self.side, self.side), Image.Resampling.BILINEAR)

@@ -16,6 +16,10 @@ class FolderBusyError(OSError):
     """Another process is writing in the run folder."""
 
 
+class NotScoredError(ValueError):
+    """An epoch is trained and kept, but cannot be scored."""
+
+
 class RunFolder:
     """A run folder, locked while this process writes in it.
 

@@ -32,7 +32,7 @@ from dmsa.scoring.protocols import Protocol
 from dmsa.training.nonfinite import stop_nonfinite
 from dmsa.training.progress import MetricsLog, Progress, git_commit, say
 from dmsa.training.report import draw_panels, report_text
-from dmsa.training.run import RunFolder, commits, launch_command
+from dmsa.training.run import NotScoredError, RunFolder, commits, launch_command
 from dmsa.training.sampler import EpochBatches
 from dmsa.training.setup import PRECISIONS, build_optimizer, check_sizes, set_up_torch
 from dmsa.training.task import LOSSES, Prepared, Task
@@ -55,6 +55,8 @@ class State:
     """Steps done in all."""
     trained_epoch: int = 0
     """Epoch the weights were last trained in; its rates are the ones to evaluate with."""
+    unscored: bool = False
+    """Whether that epoch is done but not evaluated yet."""
     scores: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     """One entry an evaluation."""
     best: dict[str, Any] | None = None
@@ -101,6 +103,7 @@ class Trainer:
     def _build_data(self) -> None:
         config = self.config
         self.train_data = data.build(config.data, "train", config.train.seed)
+        self.train_data.with_labels = False  # training is unsupervised: a broken label must not stop it
         self.val_data = data.build(config.data, "val", config.train.seed)
         for note in dict.fromkeys([*self.train_data.left_out, *self.val_data.left_out]):
             say(note)
@@ -203,9 +206,11 @@ class Trainer:
         total = config.train.epochs * self.sampler.steps * config.train.batch
         self.progress = Progress(total, state.step * config.train.batch)
         try:
-            while state.epoch < config.train.epochs:
-                self._train_epoch()
-                self._end_epoch()
+            while state.unscored or state.epoch < config.train.epochs:
+                if not state.unscored:
+                    self._train_epoch()
+                    self._end_epoch()
+                self._score_epoch()
         finally:
             self.progress.close()
         return {"scores": state.scores, "best": state.best, "folder": Path(config.out), "steps": state.step}
@@ -330,10 +335,22 @@ class Trainer:
         distributed.expect(config.train.alone_timeout)
         state.epoch, state.position = epoch + 1, 0
         self._log_skipped(epoch)
-        improved = False
-        if (epoch + 1) % config.train.eval_every == 0 or epoch + 1 == config.train.epochs:
-            improved = self._evaluate(epoch)
-        self._save(best=improved)
+        # The checkpoint comes first: an evaluation that fails, or is interrupted, costs no training.
+        state.unscored = (epoch + 1) % config.train.eval_every == 0 or epoch + 1 == config.train.epochs
+        self._save()
+
+    def _score_epoch(self) -> None:
+        """Evaluate the epoch that ended last if that is due, and keep the scores; the report is written in any case."""
+        if self.state.unscored:
+            try:
+                improved = self._evaluate(self.state.trained_epoch)
+            except ValueError as error:
+                raise NotScoredError(
+                    f"epoch {self.state.epoch} is trained but cannot be scored: {error}. It is kept in "
+                    f"{self.store.path(self.state.step)}; mend the data and start the same command again"
+                ) from error
+            self.state.unscored = False
+            self._save(best=improved)
         self.report()
 
     def _skipped(self) -> list[str]:

@@ -37,14 +37,14 @@ class Pictures:
     def image_name(self, index: int) -> str:
         return f"picture{index}"
 
-    def raw(self, index: int) -> tuple[np.ndarray, None]:
+    def pixels(self, index: int) -> np.ndarray:
         self.read.append(index)
         if index in self.damaged:
             raise CorruptImageError(f"picture{index}.jpg", "truncated")
         random = np.random.default_rng(index)
         image = random.integers(0, 90, (60 + index, 80, 3), dtype=np.uint8)
         image[10:40, 20:50] += 150
-        return image, None
+        return image
 
 
 def equal(first: FeatureBank, second: FeatureBank) -> bool:
@@ -92,7 +92,7 @@ def test_bank_equals_a_loop_over_images_and_crops(things_only, batch):
 
     found = {"foreground": [], "background": []}
     for index in range(dataset.images):
-        image = np.array(Image.fromarray(dataset.raw(index)[0]).resize((96, 96), Image.Resampling.BILINEAR)) / 255
+        image = np.array(Image.fromarray(dataset.pixels(index)).resize((96, 96), Image.Resampling.BILINEAR)) / 255
         image = torch.from_numpy((image - MEAN) / STD).permute(2, 0, 1).float()
         row = encoder.attention(encoder.frozen(image[None]), (12, 12))[0, :, 1:].mean(0).view(12, 12)
         mask = (row > row.mean()).float()

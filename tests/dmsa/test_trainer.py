@@ -20,7 +20,7 @@ from dmsa.models.encoder import build_encoder
 from dmsa.training import progress
 from dmsa.training.losses import total_loss
 from dmsa.training.nonfinite import NonFiniteLossError
-from dmsa.training.run import RunFolder, launch_command
+from dmsa.training.run import NotScoredError, RunFolder, launch_command
 from dmsa.training.session import train
 from dmsa.training.task import Task
 from dmsa.training.trainer import Trainer
@@ -221,7 +221,7 @@ def test_full_disk_while_training_keeps_the_previous_checkpoint(tmp_path, finish
 
     def full(state, stream):
         calls.append(1)
-        if len(calls) == 4:
+        if len(calls) == 5:  # after the first step, twice after the second, after the third, after the fourth
             stream.write(b"x" * 1000)
             raise OSError(errno.ENOSPC, "No space left on device")
         save(state, stream)
@@ -697,6 +697,40 @@ def test_damaged_images_are_not_forgotten_by_a_run_that_goes_on(tmp_path, monkey
     train(two, ["train.py"])
     assert_same_runs(tmp_path / "one", tmp_path / "two")
     assert (tmp_path / "two" / "report.md").read_text() == (tmp_path / "one" / "report.md").read_text()
+
+
+def test_a_bad_training_label_stops_no_run(tmp_path):
+    from PIL import Image
+
+    photographs(tmp_path / "data", masks=True)
+    (tmp_path / "data" / "classes.txt").write_text("a\nb\nc\nd\n")
+    Image.new("RGB", (56, 40)).save(tmp_path / "data" / "masks" / "train" / "03.png")
+    train(folder_config(tmp_path / "run", tmp_path / "data", epochs=1, batch=12), ["train.py"])
+    assert "All 1 epochs are done" in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_a_bad_validation_label_costs_no_epoch(tmp_path):
+    """Stopped by it twice, then mended: the run ends as one that never met it."""
+    from PIL import Image
+
+    photographs(tmp_path / "data", masks=True)
+    (tmp_path / "data" / "classes.txt").write_text("a\nb\nc\nd\n")
+    one, two = (folder_config(tmp_path / name, tmp_path / "data", epochs=2, batch=12) for name in ("one", "two"))
+    train(one, ["train.py"])
+    mask = tmp_path / "data" / "masks" / "val" / "05.png"
+    good = mask.read_bytes()
+    Image.new("RGB", (56, 40)).save(mask)
+    kept = tmp_path / "two" / "checkpoints" / "step-00000001.pt"
+    for _ in range(2):
+        with pytest.raises(
+            NotScoredError, match=rf"epoch 1 is trained but cannot be scored: .*05\.png.* kept in {kept}"
+        ):
+            train(two, ["train.py"])
+        assert checkpoint.load(kept)["unscored"]
+        assert [line["kind"] for line in lines(tmp_path / "two")] == ["train"]
+    mask.write_bytes(good)
+    train(two, ["train.py"])
+    assert_same_runs(tmp_path / "one", tmp_path / "two")
 
 
 def test_encoder_may_be_any_vit_with_random_weights():
