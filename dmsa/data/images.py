@@ -13,7 +13,7 @@ import re
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-_EXIF_ORIENTATION = 0x0112
+_EXIF_ORIENTATION, _PHOTOMETRIC = 0x0112, 0x0106
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -82,6 +82,8 @@ def as_rgb(image: Image.Image) -> Image.Image:
     """
     turn = orientation(image)
     _load(image)
+    if image.mode not in _COLOURS and getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0:
+        raise _unusable(image, f"pixels of mode {image.mode} whose 0 is white")
     highest = 0  # of 65535, for pictures of 16 bits a channel
     if image.mode == "P" and "transparency" in image.info:
         pixels = image.convert("RGBA").convert("RGB")

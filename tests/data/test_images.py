@@ -101,6 +101,16 @@ def test_a_range_that_cannot_be_told_is_an_error(tmp_path, name, values, message
     assert "convert it to 8 bits a channel" in str(error.value)
 
 
+def test_a_negative_of_16_bits_is_an_error(tmp_path):
+    path = save(RAMP.astype(np.uint16) * 257, tmp_path / "a.tif")
+    content = bytearray(path.read_bytes())
+    place = content.index(struct.pack("<HHI", 262, 3, 1)) + 8  # the tag of the photometric interpretation, which is 1
+    content[place : place + 2] = b"\0\0"
+    path.write_bytes(content)
+    with pytest.raises(CorruptImageError, match=r"a\.tif: pixels of mode I;16 whose 0 is white"):
+        read(path)
+
+
 def test_12_bits_in_16_bit_colours_are_an_error_and_black_is_black(tmp_path):
     with pytest.raises(CorruptImageError, match="16 bits a channel"):
         read(write_png(tmp_path / "a.png", 16, 2, GREY.astype(int) * 16))

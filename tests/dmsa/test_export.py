@@ -40,6 +40,16 @@ def example(run):
     return images, logits
 
 
+def test_files_that_are_there_stay_unless_forced(run, tmp_path, capsys):
+    (tmp_path / "model.json").write_text("mine")
+    command = ["export", "--checkpoint", str(run), "--out", str(tmp_path), "--formats", "safetensors"]
+    assert cli.main(command) == 1
+    assert "model.json: there already; --force replaces" in capsys.readouterr().err
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+    assert cli.main([*command, "--force"]) == 0
+    assert json.loads((tmp_path / "model.json").read_text())["classes"]
+
+
 def test_files_and_facts(exported):
     names = {"model.safetensors", "model.pt2", "model.json"}
     if importlib.util.find_spec("onnx") is not None:

@@ -3,6 +3,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,8 +12,10 @@ from PIL import Image
 
 from dmsa import checkpoint, cli, visualize
 from dmsa.commands.predict import find_images, output_names
+from dmsa.data.classes import Classes
 from dmsa.data.transforms import normalise
 from dmsa.scoring.predictor import load_predictor
+from dmsa.training import report
 from dmsa.training.session import train
 from dmsa.visualize import colourise, heatmap, name_regions, overlay, panel
 from tests.dmsa.runs import ROOT, lines, tiny_config
@@ -269,3 +272,21 @@ def test_panel_is_a_titled_table():
     assert drawn.size == (4 + 6 * 36, 20 + 2 * 36 + 18 + 4)
     with pytest.raises(ValueError, match="a row holds 5 pictures, expected 6"):
         panel([[cell] * 5])
+
+
+@pytest.mark.parametrize("assignment", [[1, 0, 2], None])
+def test_a_panels_legend_has_the_classes_of_predictions_too(monkeypatch, assignment):
+    size = (8, 8)
+    maps = {name: torch.full((1, *size), value) for name, value in (("teacher", 0), ("refined", 1), ("prediction", 2))}
+    classes = Classes("toy", ("sky", "sea", "sand"), np.eye(3, dtype=np.uint8) * 200, False, 2, 1)
+    task = SimpleNamespace(
+        classes=classes, device="cpu", explain=lambda batch, epoch: {"cam": torch.zeros(1, 3, *size), **maps}
+    )
+    sample = {"image": torch.zeros(3, *size), "guide": torch.zeros(3, *size), "label": torch.full(size, 1)}
+    drawn = {}
+    monkeypatch.setattr(report, "panel", lambda rows, legend: drawn.update(legend=legend))
+    report.draw_panels(task, [sample], [0], 0, assignment)
+    colours = [(200, 0, 0), (0, 200, 0), (0, 0, 200)]
+    matched = list(zip(classes.classes, colours, strict=True))
+    clusters = [("sea", colours[1]), *zip(["cluster 0", "cluster 1", "cluster 2"], colours, strict=True)]
+    assert drawn["legend"] == (matched if assignment else clusters)
