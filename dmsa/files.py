@@ -16,7 +16,6 @@ def claim_outputs(
     *,
     inputs: Iterable[str | Path] = (),
     force: bool = False,
-    option: str = "--out",
 ) -> list[Path]:
     """Make `folder` and return the files `names` in it, once it is known that writing them harms nothing.
 
@@ -25,12 +24,11 @@ def claim_outputs(
         names: relative names of all files that will be written.
         inputs: files that are read, and must stay; `force` does not give them up.
         force: files that are there already may be replaced.
-        option: what the user calls the folder, for messages.
 
     Raises:
         ValueError: two outputs have the same name, or one is an input; nothing was made.
         FileExistsError: an output is there already, and not `force`; nothing was made.
-        OSError: the folder cannot be made or written; `option` is named.
+        OSError: the folder cannot be made or written.
     """
     folder = Path(folder)
     paths = [folder / name for name in names]
@@ -39,18 +37,18 @@ def claim_outputs(
     there = {path: _identity(path) for path in paths if os.path.lexists(path)}
     read = {_identity(path): path for path in inputs} if there else {}
     if eaten := [str(read[mark]) for mark in there.values() if mark is not None and mark in read]:
-        raise ValueError(f"{option}={str(folder)!r} would replace what is read: {_some(eaten)}; choose another folder")
+        raise ValueError(f"--out={str(folder)!r} would replace what is read: {_some(eaten)}; choose another folder")
     if wrong := [str(path) for path in there if path.is_dir()]:
-        raise FileExistsError(f"{_some(wrong)}: a folder, where a file is to be written; choose another {option}")
+        raise FileExistsError(f"{_some(wrong)}: a folder, where a file is to be written; choose another --out")
     if there and not force:
-        raise FileExistsError(f"{_some(list(map(str, there)))}: there already; --force replaces, or another {option}")
+        raise FileExistsError(f"{_some(list(map(str, there)))}: there already; --force replaces, or another --out")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         reason = "there is a file of this name" if isinstance(error, FileExistsError) else error.strerror
-        raise OSError(error.errno, f"{option}={str(folder)!r} cannot be made: {reason}; choose another") from error
+        raise OSError(error.errno, f"--out={str(folder)!r} cannot be made: {reason}; choose another") from error
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise PermissionError(errno.EACCES, f"{option}={str(folder)!r} is not writable; choose another")
+        raise PermissionError(errno.EACCES, f"--out={str(folder)!r} is not writable; choose another")
     return paths
 
 

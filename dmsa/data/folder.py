@@ -82,8 +82,8 @@ def count_classes(folder: Path) -> int | None:
     ids = np.flatnonzero(occurs[:IGNORE])
     advice = f"expected ids 0, 1, 2, ... of two classes at least in the {len(masks)} masks in {folder}, or classes.txt"
     if len(ids) < 2:
-        also = " and 255, which means `ignore` (binary masks are 0 and 1)" if occurs[IGNORE] else ""
-        raise ValueError(f"{advice}; they hold only {few(ids.tolist())}{also}")
+        also = ", and 255 means 'ignore' (binary masks are 0 and 1)" if occurs[IGNORE] else ""
+        raise ValueError(f"{advice}; they hold only {few(np.flatnonzero(occurs).tolist())}{also}")
     count = int(ids.max()) + 1
     if count > _SPARSE and 2 * len(ids) < count:
         raise ValueError(f"{advice}; they hold {few(ids.tolist())}: {len(ids)} of the ids 0..{count - 1}")

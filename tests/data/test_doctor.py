@@ -153,7 +153,7 @@ def test_binary_masks_of_0_and_255_are_not_usable(tmp_path, capsys):
         fixtures.write_image(tmp_path / f"images/{i}.jpg", 48, 64)
         fixtures.write_grey(tmp_path / f"masks/{i}.png", fixtures.blocks([0, 255]))
     assert main([str(tmp_path), "--name", "folder"]) == 1
-    assert "they hold only 0 and 255, which means `ignore`" in capsys.readouterr().out
+    assert "they hold only 0, 255, and 255 means 'ignore'" in capsys.readouterr().out
     (tmp_path / "classes.txt").write_text("background\ncat\n")
     assert main([str(tmp_path), "--name", "folder", "--decode"]) == 1
     text = capsys.readouterr().out

@@ -122,8 +122,8 @@ def with_masks(root, *masks):
 @pytest.mark.parametrize(
     ("masks", "message"),
     [
-        ([[0, 255], [255]], r"they hold only 0 and 255, which means `ignore` \(binary masks are 0 and 1\)"),
-        ([[255]], "they hold only  and 255"),
+        ([[0, 255], [255]], r"they hold only 0, 255, and 255 means 'ignore' \(binary masks are 0 and 1\)"),
+        ([[255]], "they hold only 255, and 255 means"),
         ([[3], [3]], "they hold only 3$"),
         ([[0, 128]], r"they hold 0, 128: 2 of the ids 0\.\.128"),
         ([[0, 85, 170], [170]], r"they hold 0, 85, 170: 3 of the ids 0\.\.170"),

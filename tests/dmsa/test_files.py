@@ -30,8 +30,8 @@ def test_an_input_is_never_replaced(tmp_path, how):
         out.mkdir()
         (os.symlink if how == "symbolic link" else os.link)(photo, out / "a.png")
     for force in (False, True):
-        with pytest.raises(ValueError, match=rf"--into='{out}' would replace what is read: {photo}"):
-            claim_outputs(out, ["a.png"], inputs=[photo], force=force, option="--into")
+        with pytest.raises(ValueError, match=rf"--out='{out}' would replace what is read: {photo}"):
+            claim_outputs(out, ["a.png"], inputs=[photo], force=force)
 
 
 def test_what_is_there_stays_unless_forced(tmp_path):
