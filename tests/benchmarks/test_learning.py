@@ -1,0 +1,67 @@
+"""`benchmarks.learning`: variants, replaced labels, what is counted, and a short run that is the trainer's."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from benchmarks.learning import copied, learn, main, parse_variant, shuffled, token_labels
+from dmsa.config import load_preset, resolve_method
+from dmsa.training.session import train
+from tests.dmsa.runs import tiny_config
+
+
+def test_a_variant_is_a_method_and_options():
+    base = load_preset("shapes")
+    config, answers = parse_variant("transfgu:train.lr=3e-4:labels.par_dilations=[1, 2]:answers=truth", base)
+    expected = resolve_method(dataclasses.replace(base, method="transfgu"))
+    assert config.train.lr == 3e-4
+    assert dataclasses.replace(config, train=base.train) == dataclasses.replace(expected, labels=config.labels)
+    assert answers == "truth"
+    assert parse_variant("dmsa", base) == (base, "labels")
+    for wrong in ("dmso", "dmsa:train.lr", "dmsa:train.lrr=1", "dmsa:answers=no", "dmsa:train.lr=-1"):
+        with pytest.raises(ValueError, match=wrong.partition(":")[2].partition("=")[0] or "method"):
+            parse_variant(wrong, base)
+
+
+def test_shuffled_labels_keep_the_confusion_and_lose_the_place():
+    truth = torch.arange(3).view(1, 3, 1).expand(4, 3, 900).contiguous()
+    label = truth.clone()
+    label[:, 1, :300] = 2  # a third of class 1, all in one place
+    drawn = shuffled(label, truth, 3, torch.Generator().manual_seed(0))
+    assert (drawn[:, ::2] == truth[:, ::2]).all()
+    for place in (slice(0, 300), slice(300, 900)):
+        assert (drawn[:, 1, place] == 2).float().mean() == pytest.approx(1 / 3, abs=0.05)
+
+
+def test_copied_counts_objects_taken_for_others():
+    truth = torch.tensor([1, 1, 1, 1, 0, 2])
+    label = torch.tensor([2, 2, 0, 1, 2, 2])
+    assert copied(torch.tensor([2, 1, 0, 1, 2, 2]), label, truth).tolist() == [1, 2]
+
+
+def test_token_labels_are_majorities():
+    label = torch.tensor([[[0, 1, 2, 2], [1, 1, 2, 0]]])
+    assert token_labels(label, (1, 2), 3).tolist() == [[[1, 2]]]
+
+
+def test_scores_are_those_of_the_trainer(tmp_path):
+    config = tiny_config(tmp_path / "run", epochs=2)
+    trained = train(config)["scores"]
+    names = ["dmsa", "dmsa:answers=shuffled"]
+    found = list(learn(names, config, every=2, cache=tmp_path / "cache"))
+    assert [(name, epoch, step) for name, epoch, step, _ in found] == [
+        (name, epoch, 2 * epoch) for epoch in (1, 2) for name in names
+    ]
+    for entry, (_, _, _, figures) in zip(trained, found[::2], strict=True):
+        assert figures["miou"] == pytest.approx(100 * entry["miou"], abs=1e-3)
+        assert figures["accuracy"] == pytest.approx(100 * entry["accuracy"], abs=1e-3)
+        wrong = figures["lost"] + figures["invented"] + figures["mixed up"]
+        assert wrong == pytest.approx(100 - figures["accuracy"], abs=1e-3)
+
+
+def test_bad_variant_is_one_line(capsys):
+    assert main(["dmsa:answers=no"]) == 2
+    assert "answers=no" in capsys.readouterr().err
