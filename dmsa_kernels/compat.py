@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-OLDEST_TRITON = (3, 0)
+OLDEST_TRITON = (3, 4)  # whose language has tuples of tensors; torch 2.8 brings it
 TORCH = tuple(int(number) for number in torch.__version__.split("+")[0].split(".")[:2])
 REGISTERS_OPERATORS = TORCH >= (2, 4)
 
@@ -107,12 +107,15 @@ def _function(
     return apply
 
 
+def is_compiling() -> bool:
+    """Whether ``torch.compile`` traces this code; torch before 2.3 cannot tell."""
+    ask = getattr(torch.compiler, "is_compiling", None)
+    return ask is not None and ask()
+
+
 def tangent(x: Tensor) -> Tensor | None:
     """Return the forward-mode derivative that ``x`` carries; the compiler traces without."""
-    compiling = getattr(torch.compiler, "is_compiling", None)
-    if compiling is not None and compiling():
-        return None
-    return forward_ad.unpack_dual(x).tangent
+    return None if is_compiling() else forward_ad.unpack_dual(x).tangent
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import collections
 import importlib
+import inspect
 import json
 import pathlib
 import re
@@ -78,23 +79,38 @@ def _tool(name: str) -> str:
     return str(pathlib.Path(triton.backends.nvidia.__file__).parent / "bin" / name)
 
 
-def compile_case(case, target: str) -> dict:
-    """Compile one case for one target and return its report."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+def _source(case):
+    """Describe a case's launch to the compiler, in the words of the Triton that is installed."""
+    import triton.compiler
 
     names = list(case.kernel.arg_names)
     unknown = (set(case.types) | set(case.constants)) - set(names)
     if unknown:
         raise ValueError(f"{case.name}: {sorted(unknown)} are not arguments of the kernel; it has {names}")
-    signature = {n: "constexpr" if n in case.constants else case.types.get(n, "i32") for n in names}
-    source = ASTSource(
-        fn=case.kernel,
-        signature=signature,
-        constexprs={(names.index(n),): value for n, value in case.constants.items()},
-        attrs={(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if str(signature[n]).startswith("*")},
-    )
+    types = {n: case.types.get(n, "i32") for n in names if n not in case.constants}
+    aligned = [i for i, n in enumerate(names) if types.get(n, "").startswith("*")]
+    if "constexprs" in inspect.signature(triton.compiler.ASTSource).parameters:  # 3.3 and later
+        return triton.compiler.ASTSource(
+            fn=case.kernel,
+            signature={n: types.get(n, "constexpr") for n in names},
+            constexprs={(names.index(n),): value for n, value in case.constants.items()},
+            attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+        )
+    if not hasattr(triton.compiler, "AttrsDescriptor"):  # 3.2
+        from triton.backends.compiler import AttrsDescriptor
+
+        attrs = AttrsDescriptor.from_hints(dict.fromkeys(aligned, 16))
+    else:
+        attrs = triton.compiler.AttrsDescriptor(divisible_by_16=set(aligned))
+    return triton.compiler.ASTSource(fn=case.kernel, signature=types, constants=dict(case.constants), attrs=attrs)
+
+
+def compile_case(case, target: str) -> dict:
+    """Compile one case for one target and return its report."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    source = _source(case)
     nvidia = target.startswith("sm_")
     gpu = GPUTarget("cuda", int(target[3:]), 32) if nvidia else GPUTarget("hip", target, 64)
     compiled = triton.compile(source, target=gpu, options={"num_warps": case.num_warps, "enable_fp_fusion": True})

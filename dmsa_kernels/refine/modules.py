@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from dmsa_kernels.compat import is_compiling
 from dmsa_kernels.refine import spec as presets
 from dmsa_kernels.refine.checks import check_dilations, check_options
 from dmsa_kernels.refine.fitted import fitted_preset
@@ -38,9 +39,10 @@ def _shift_kernel(*, centre: float = 0.0, neighbour: float = 1.0, keep_centre_ta
     return kernel
 
 
-def _overrides(module: nn.Module, owner: type, name: str) -> bool:
-    """Whether a method that ``owner`` defines is overridden in a subclass or replaced on the instance."""
-    return getattr(type(module), name) is not getattr(owner, name) or name in vars(module)
+def _overrides(module: nn.Module, own: Callable[..., Any]) -> bool:
+    """Whether a method of this file is overridden in a subclass, or replaced on its class or on the instance."""
+    replaced = getattr(type(module), own.__name__) is not own
+    return replaced or (not is_compiling() and own.__name__ in vars(module))
 
 
 class _Kernel(nn.Module):
@@ -150,12 +152,15 @@ class _WithNeighbours(_Kernel, _Refinement):
         return torch.stack([neighbour(x, dy, dx) for dy, dx in offsets(list(self.dilations))], 2)
 
     def _refine(self, image: Tensor, masks: Tensor, anchor: Anchor | None, **options: Any) -> Any:
-        if _overrides(self, _WithNeighbours, "get_dilated_neighbors"):
+        if _overrides(self, _GET_DILATED_NEIGHBORS):
             raise TypeError(
                 f"{type(self).__name__} overrides get_dilated_neighbors, which the fused refinement does not call:"
                 " override forward as well, or keep the pasted module for other neighbourhoods"
             )
         return super()._refine(image, masks, anchor, **options)
+
+
+_GET_DILATED_NEIGHBORS = _WithNeighbours.get_dilated_neighbors
 
 
 class PAR(_WithNeighbours):
@@ -234,9 +239,9 @@ class PAR(_WithNeighbours):
         self._pos = value
 
     def _check_pos(self) -> None:
-        if self._pos is None and not _overrides(self, PAR, "get_pos"):
+        if self._pos is None and not _overrides(self, _GET_POS):
             return
-        given, own = self.pos.detach().cpu().flatten(), PAR.get_pos(self).flatten()
+        given, own = self.pos.detach().cpu().flatten(), _GET_POS(self).flatten()
         if given.shape != own.shape or not torch.allclose(given.to(own), own):
             raise ValueError(
                 f"pos={given.tolist()} are not the distances of dilations={list(self.dilations)}, the ones built in."
@@ -259,6 +264,9 @@ class PAR(_WithNeighbours):
         """
         self._check_pos()
         return self._refine(imgs, masks, anchor, valid_classes=valid_classes, return_labels=return_labels)
+
+
+_GET_POS = PAR.get_pos
 
 
 class LocalConsistencyModule(_WithNeighbours):
@@ -305,11 +313,12 @@ class LocalConsistencyModule(_WithNeighbours):
         return_labels: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Refine pred_phis ``[B, C, H, W]`` along imgs ``[B, K, H, W]``; options as those of :class:`PAR`."""
-        if _overrides(self, LocalConsistencyModule, "get_kernel"):
+        if _overrides(self, _GET_KERNEL):
             raise TypeError(f"{type(self).__name__} overrides get_kernel, which the fused refinement does not call")
         return self._refine(imgs, pred_phis, anchor, valid_classes=valid_classes, return_labels=return_labels)
 
 
+_GET_KERNEL = LocalConsistencyModule.get_kernel
 LCM = LocalConsistencyModule
 """The name of the preset. Box2Mask's function of the same name, the loss above, is its caller's."""
 
@@ -415,7 +424,7 @@ class PAMR(_Refinement):
         """Refine mask ``[B, C, h, w]`` along the image x ``[B, K, H, W]``; options as those of :class:`PAR`."""
         for name, own in (("aff_x", _LocalAffinityAbs), ("aff_m", _LocalAffinity), ("aff_std", _LocalStDev)):
             module = getattr(self, name)
-            if type(module) is not own or "forward" in vars(module):
+            if type(module) is not own or (not is_compiling() and "forward" in vars(module)):
                 raise TypeError(
                     f"{name} was replaced, but the fused refinement does not call it: override forward as well"
                 )
