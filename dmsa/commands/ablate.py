@@ -12,7 +12,7 @@ from dmsa.training.ablation import ablate
 
 @dataclasses.dataclass(frozen=True)
 class AblateConfig:
-    """Run the paper's ablation, or make the table of scores, on the embedded set."""
+    """Run the paper's ablation, or make the table of scores, on the embedded set or that of another preset."""
 
     preset: str = "shapes"
     """Preset by name, or YAML file."""

@@ -1,4 +1,4 @@
-"""The rows of the paper's Table 4 on the embedded data set, as switches of one configuration.
+"""The rows of the paper's Table 4 on the embedded data set, or another small one, as switches of one configuration.
 
 Every row is trained with the same data, budget and seeds. The result is a table of the rows (mean and standard
 deviation over the seeds) with the epoch at which each reaches the baseline's best score (the paper claims far fewer
@@ -97,7 +97,7 @@ def paired_table(curves: Curves) -> list[str]:
     return markdown(rows)
 
 
-def draw(curves: Curves, path: Path) -> None:
+def draw(curves: Curves, dataset: str, path: Path) -> None:
     """mIoU by epoch, the mean of the seeds a line and their range a band, as PNG."""
     from matplotlib.figure import Figure
 
@@ -109,7 +109,7 @@ def draw(curves: Curves, path: Path) -> None:
         (line,) = axes.plot(epochs, values.mean(0), label=name)
         axes.fill_between(epochs, values.min(0), values.max(0), color=line.get_color(), alpha=0.15)
     axes.set_xlabel("epoch")
-    axes.set_ylabel("mIoU on shapes val, %")
+    axes.set_ylabel(f"mIoU on {dataset} val, %")
     figure.legend(fontsize=8, loc="outside lower center", ncols=3)
     axes.grid(alpha=0.3)
     figure.savefig(path, format="png", dpi=120)
@@ -185,6 +185,11 @@ def _write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]])
         csv.writer(stream, lineterminator="\n").writerows([header, *rows])
 
 
+def _images(config: Config, split: str) -> int:
+    """Return how many images an epoch, or the evaluation, has."""
+    return len(data.build(config.data, split, config.train.seed))
+
+
 def ablate(
     preset: str,
     *,
@@ -199,7 +204,8 @@ def ablate(
 ) -> list[str]:
     """Train the rows with all seeds and write their tables.
 
-    These are ``ablation_shapes.{md,csv,png}`` and ``ablation_shapes_seeds.csv``, or ``shapes_scores.{md,csv}``.
+    These are ``ablation_NAME.{md,csv,png}`` and ``ablation_NAME_seeds.csv``, or ``NAME_scores.{md,csv}``, NAME being
+    that of the data set.
 
     Args:
         preset: by name, or a YAML file; a data set whose validation images have labels.
@@ -246,9 +252,9 @@ def ablate(
         f"    {command}",
         "",
         f"Commit {', '.join(trained_at)}; {platform.machine()}, CPU. {training.epochs} epochs of "
-        f"{base.data.train_images} images, batch {training.batch}; {base.data.val_images} validation images; "
-        f"{len(seeds)} seed(s), each with pictures of its own, mean ± standard deviation. Scores in percent, "
-        f"protocol transfgu at {base.data.size} px.",
+        f"{_images(base, 'train')} images, batch {training.batch}; {_images(base, 'val')} validation images; "
+        f"{len(seeds)} seed(s){', each with pictures of its own' * (base.data.name == 'shapes')}, mean ± standard "
+        f"deviation. Scores in percent, protocol transfgu at {base.data.size} px.",
         "",
     ]
 
@@ -258,27 +264,27 @@ def ablate(
         if scores:
             lines = [f"# Scores on {base.data.name}", "", *conditions, *score_table(scored), ""]
             lines += [*paired_table(curves), ""]
-            (folder / "shapes_scores.md").write_text("\n".join(lines), encoding="utf-8")
+            (folder / f"{base.data.name}_scores.md").write_text("\n".join(lines), encoding="utf-8")
             keys = ("miou", "accuracy", "boundary")
             entries = [
                 [row["method"], seed, *("" if row[key] is None else f"{row[key]:.3f}" for key in keys)]
                 for seed, rows in zip(seeds, scored, strict=True)
                 for row in rows
             ]
-            _write_csv(folder / "shapes_scores.csv", ["method", "seed", *keys], entries)
+            _write_csv(folder / f"{base.data.name}_scores.csv", ["method", "seed", *keys], entries)
             return lines
         lines = [f"# Ablation on {base.data.name}", "", *conditions, *ablation_table(curves), ""]
-        lines += [*paired_table(curves), "", "![mIoU by epoch](ablation_shapes.png)", ""]
-        (folder / "ablation_shapes.md").write_text("\n".join(lines), encoding="utf-8")
+        lines += [*paired_table(curves), "", f"![mIoU by epoch](ablation_{base.data.name}.png)", ""]
+        (folder / f"ablation_{base.data.name}.md").write_text("\n".join(lines), encoding="utf-8")
         entries = [
             [name, seed, entry["epoch"] + 1, f"{entry['miou']:.6f}", f"{entry['accuracy']:.6f}"]
             for name, runs in curves.items()
             for seed, run in zip(seeds, runs, strict=True)
             for entry in run
         ]
-        _write_csv(folder / "ablation_shapes.csv", ["row", "seed", "epoch", "miou", "accuracy"], entries)
-        _write_csv(folder / "ablation_shapes_seeds.csv", *seed_entries(curves, seeds))
-        draw(curves, folder / "ablation_shapes.png")
+        _write_csv(folder / f"ablation_{base.data.name}.csv", ["row", "seed", "epoch", "miou", "accuracy"], entries)
+        _write_csv(folder / f"ablation_{base.data.name}_seeds.csv", *seed_entries(curves, seeds))
+        draw(curves, base.data.name, folder / f"ablation_{base.data.name}.png")
         return lines
 
     return distributed.on_main(write)
