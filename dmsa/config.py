@@ -20,11 +20,14 @@ PRESET_FOLDER = Path(__file__).parent / "presets"
 DEFAULT_PRESET = "shapes"
 
 
+DataName = Literal["shapes", "voc", "voc_aug", "coco80", "coco_stuff27", "folder"]
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """What is trained on and scored."""
 
-    name: Literal["shapes", "voc", "voc_aug", "coco80", "coco_stuff27", "folder"] = "shapes"
+    name: DataName = "shapes"
     """Data set."""
     root: str | None = None
     """Folder of the data set in its official layout (`dmsa doctor` checks it); unused by `shapes`."""

@@ -16,7 +16,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -230,7 +230,8 @@ def on_main(work: Callable[[], T]) -> T:
     """
     if world_size() == 1:
         return work()
-    result, error = None, None
+    result: T | None = None
+    error: Exception | None = None
     if is_main():
         try:
             result = work()
@@ -241,7 +242,7 @@ def on_main(work: Callable[[], T]) -> T:
         raise error
     if message is not None:
         raise ElsewhereError(f"rank 0 failed: {message}")
-    return result
+    return cast(T, result)
 
 
 def together(work: Callable[[], T], *, main_first: bool = False) -> T:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dmsa import distributed
-from dmsa.config import DataConfig
+from dmsa.config import DataConfig, DataName
 from dmsa.data import build
+from dmsa.data.base import SegmentationData
 from dmsa.files import claim_outputs
 from dmsa.scoring.evaluate import Predicted255, evaluate, evaluate_predictions
 from dmsa.scoring.protocols import Protocol
@@ -25,7 +26,7 @@ class EvalOptions:
     """Folder of predicted PNG masks (palette or grey, ids as pixels), named as the images."""
     checkpoint: str | None = None
     """Run folder or checkpoint file of a training run."""
-    name: Literal["shapes", "voc", "voc_aug", "coco80", "coco_stuff27", "folder"] | None = None
+    name: DataName | None = None
     """Data set; a checkpoint knows its own."""
     root: str | None = None
     """Folder of the data set; a checkpoint knows its own."""
@@ -83,40 +84,35 @@ def main(argv: list[str]) -> int:
 
 
 def _run(options: EvalOptions) -> Report:
-    if options.checkpoint is None:
-        if options.name is None:
-            raise ValueError("--predictions needs --name, the data set to score against")
-        config, seed = DataConfig(name=options.name), 0
-        predictor = None
-    else:
+    common: dict[str, Any] = {"batch": options.batch, "workers": options.workers, "progress": sys.stderr.isatty()}
+    if options.checkpoint is not None:
         from dmsa.scoring.predictor import load_predictor
 
         predictor = load_predictor(options.checkpoint)
-        config, seed = predictor.config.data, predictor.config.train.seed
+        dataset, protocol = _wanted(options, predictor.config.data, predictor.config.train.seed)
+        name = options.method or Path(options.checkpoint).name
+        return evaluate(lambda images: predictor.predict(images, None), dataset, protocol, method=name, **common)
+    if options.predictions is None or options.name is None:
+        raise ValueError("--predictions needs --name, the data set to score against")
+    dataset, protocol = _wanted(options, DataConfig(name=options.name), 0)
+    return evaluate_predictions(
+        options.predictions,
+        dataset,
+        protocol,
+        match=options.match,
+        allow_missing=options.allow_missing,
+        predicted_255=options.predicted_255,
+        method=options.method,
+        **common,
+    )
+
+
+def _wanted(options: EvalOptions, config: DataConfig, seed: int) -> tuple[SegmentationData, Protocol]:
+    """Return the validation set and the protocol: those of `config`, where the options say nothing else."""
     changes: dict[str, Any] = {"val_images": options.images or config.val_images}
-    if options.name is not None:
-        changes["name"] = options.name
-    if options.root is not None:
-        changes["root"] = options.root
-    if options.size is not None:
-        changes["size"] = options.size
+    changes |= {name: value for name in ("name", "root", "size") if (value := getattr(options, name)) is not None}
     config = dataclasses.replace(config, **changes)
-    dataset = build(config, "val", seed)
-    protocol = Protocol(options.protocol, config.size)
-    common = {"batch": options.batch, "workers": options.workers, "progress": sys.stderr.isatty()}
-    if predictor is None:
-        return evaluate_predictions(
-            options.predictions,
-            dataset,
-            protocol,
-            match=options.match,
-            allow_missing=options.allow_missing,
-            predicted_255=options.predicted_255,
-            method=options.method,
-            **common,
-        )
-    name = options.method or Path(options.checkpoint).name
-    return evaluate(lambda images: predictor.predict(images, None), dataset, protocol, method=name, **common)
+    return build(config, "val", seed), Protocol(options.protocol, config.size)
 
 
 if __name__ == "__main__":

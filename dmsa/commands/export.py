@@ -89,18 +89,16 @@ def main(argv: list[str]) -> int:
         expected = model(example)
     facts = describe(predictor, model, size)
     _write(facts_file, json.dumps(facts, indent=1).encode())
-    program = None
-    if {"torch", "onnx"} & set(formats):
-        program = to_program(model, example)
+    program = to_program(model, example) if {"torch", "onnx"} & set(formats) else None
     if "safetensors" in formats:
         _write_safetensors(paths["safetensors"], model, facts, example, expected, options.tolerance)
-    if "torch" in formats:
+    if program is not None and "torch" in formats:
         stream = io.BytesIO()
         torch.export.save(program, stream)
         loaded = torch.export.load(io.BytesIO(stream.getvalue())).module()
         _check("model.pt2", lambda: loaded(example).detach(), expected, options.tolerance)
         _write(paths["torch"], stream.getvalue())
-    if "onnx" in formats:
+    if program is not None and "onnx" in formats:
         content = to_onnx(program, example)
         got = torch.from_numpy(run_onnx(content, example.numpy()))
         _check("model.onnx", lambda: got, expected, options.tolerance)

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ _INVALID = 254  # what a label table holds for ids that the data set does not kn
 
 def table(name: str) -> dict:
     """Return the class table `name` (`voc`, `coco80`, `coco_stuff27`, `paper`) that ships with the package."""
-    return json.loads(resources.files("dmsa").joinpath("tables", f"{name}.json").read_text(encoding="utf-8"))
+    return json.loads((resources.files("dmsa") / "tables" / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def colour_map(n: int) -> np.ndarray:
@@ -259,13 +260,13 @@ class SegmentationData(Dataset):
             )
         return label
 
-    def _sample(self, index: int, seed_index: int) -> dict[str, object]:
+    def _sample(self, index: int, seed_index: int) -> dict[str, Any]:
         image = self.open(index)
         with image if isinstance(image, Image.Image) else contextlib.nullcontext():
             label = self._label_for(index, image) if self.with_labels else None
             return self.transform(image, label, index=seed_index, epoch=int(self._epoch))
 
-    def __getitem__(self, index: int) -> dict[str, object]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         if not -len(self) <= index < len(self):
             raise IndexError(f"{index=} is outside a data set of {len(self)} samples")
         index %= len(self)

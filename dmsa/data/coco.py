@@ -67,7 +67,7 @@ def is_curated(ids: np.ndarray) -> bool:
     if min(ids.shape) < CURATED_MIN_SIDE:
         return False
     stuff = np.count_nonzero((ids >= FIRST_STUFF) & (ids != IGNORE))
-    return stuff >= CURATED_STUFF * ids.size
+    return bool(stuff >= CURATED_STUFF * ids.size)
 
 
 class Instances:
@@ -188,7 +188,7 @@ def _is_side(value: object) -> str:
 
 
 def _is_area(value: object) -> str:
-    known = type(value) in (int, float) and 0 <= value < math.inf
+    known = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
     return "" if known else "expected its area in pixels (the large are drawn first)"
 
 

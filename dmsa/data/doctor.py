@@ -7,12 +7,12 @@ from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image
 
-from dmsa.config import DataConfig
+from dmsa.config import DataConfig, DataName
 from dmsa.data import SPLITS, build
 from dmsa.data.base import IGNORE
 from dmsa.data.images import oddities, orientation, upright_size
@@ -104,7 +104,8 @@ def _decode(data: Any) -> tuple[str, list[str], list[str]]:
     good = [look for look in seen if look.error is None]
     if not good:
         return f"decoded none of {len(seen)} images", [], broken
-    smallest, largest = (choose((look.size for look in good), key=math.prod) for choose in (min, max))
+    sizes = [look.size for look in good if look.size is not None]
+    smallest, largest = min(sizes, key=math.prod), max(sizes, key=math.prod)
     summary = f"decoded {len(good)} images of {'{} x {}'.format(*smallest)} to {'{} x {}'.format(*largest)} pixels"
     odd = defaultdict(list)
     for look in good:
@@ -143,7 +144,7 @@ def examine(name: str, root: str | None, decode: bool = False) -> Finding:
     for split in SPLITS:
         official = SPLIT_IMAGES.get(name, {}).get(split)
         try:
-            data = build(DataConfig(name=name, root=root), split)
+            data = build(DataConfig(name=cast(DataName, name), root=root), split)
         except (ValueError, OSError) as error:
             splits.append(Split(split, 0, official, None, str(error), [], None, [], []))
             continue

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -90,7 +91,8 @@ def as_rgb(image: Image.Image) -> Image.Image:
     elif image.mode in _COLOURS:
         pixels = image if image.mode == "RGB" else image.convert("RGB")
         if image.info.get(_DEEP):
-            highest = 257 * max(high for _, high in pixels.getextrema())
+            bands: Any = pixels.getextrema()  # a pair for every band
+            highest = 257 * max(high for _, high in bands)
     elif image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         values = np.asarray(image)
         highest = int(values.max())

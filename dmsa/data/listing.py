@@ -51,7 +51,8 @@ def list_files(folder: str | Path, suffixes: Sequence[str], *, flat: bool = Fals
     if not folder.is_dir():
         return Listing(folder, files, {})
     seen = set()
-    folders, links = [""], []
+    folders = [""]
+    links: list[str] = []
     while folders or links:
         inside = folders.pop() if folders else links.pop()
         try:

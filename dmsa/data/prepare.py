@@ -170,9 +170,9 @@ def unpack(archive: Path, spec: Archive, root: Path, force: bool = False) -> Unp
             else:
                 with tarfile.open(archive) as opened:
                     for info in _progress(opened, archive.name):
-                        stream = opened.extractfile(info) if info.name in wanted else None
-                        if stream is not None:
-                            _write(stream, wanted[info.name])
+                        content = opened.extractfile(info) if info.name in wanted else None
+                        if content is not None:
+                            _write(content, wanted[info.name])
     return Unpacked(len(wanted), len(members) - len(wanted) - len(kept), kept)
 
 

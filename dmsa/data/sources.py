@@ -138,7 +138,8 @@ def items(name: str, root: Path) -> list[Item]:
     for split in ("val2017", "train2017"):
         found.append(Item(image_folders(root, split)[0], "images", ".jpg", official[split], f"{split}.zip", COCO_SITE))
         need = "needed" if split == "val2017" else "not needed: labels of training images are only looked at"
-        json_need, map_need = need, need
+        json_need: str | None = need
+        map_need = need
         if name == "coco80":
             map_need = "not needed with the instances; labels come from these if they are there"
             json_need = "not needed with the maps" if split == "val2017" else need

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -231,7 +232,7 @@ class ValTransform:
 
     def __call__(
         self, image: Image.Image | np.ndarray, label: np.ndarray | None, *, index: int = 0, epoch: int = 0
-    ) -> dict[str, object]:
+    ) -> dict[str, Any]:
         """Return the sample of :class:`TrainTransform` at S = `size`, and `size`, the original (H, W)."""
         del index, epoch
         size = (self.size, self.size)

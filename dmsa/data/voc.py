@@ -73,8 +73,8 @@ def augmented_list(voc: Path, sbd: Path | None) -> list[str]:
     missing = [name for name in ("train.txt", "val.txt") if not (sbd / name).is_file()]
     if missing:
         raise FileNotFoundError(f"{' and '.join(missing)} missing in {sbd}. {SBD_SOURCE}")
-    names = {*read_list(sbd / "train.txt"), *read_list(sbd / "val.txt"), *read_list(lists / "train.txt")}
-    return sorted(names - set(read_list(lists / "val.txt")))
+    union = {*read_list(sbd / "train.txt"), *read_list(sbd / "val.txt"), *read_list(lists / "train.txt")}
+    return sorted(union - set(read_list(lists / "val.txt")))
 
 
 def read_sbd(path: Path) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -88,7 +88,7 @@ def refine_scores(scores: Tensor, guide: Tensor, config: LabelConfig) -> Tensor:
     for name, choices in (("par", ("on", "off")), ("label_grid", ("tokens", "pixels"))):
         if getattr(config, name) not in choices:
             raise ValueError(f"labels.{name}={getattr(config, name)!r} is not one of {', '.join(choices)}")
-    grid = scores.shape[-2:]
+    grid = (scores.shape[-2], scores.shape[-1])
     half = (max(guide.shape[2] // 2, 1), max(guide.shape[3] // 2, 1))
     if config.par == "off":
         if config.label_grid == "tokens":
@@ -98,7 +98,7 @@ def refine_scores(scores: Tensor, guide: Tensor, config: LabelConfig) -> Tensor:
 
     with torch.no_grad():
         small = F.interpolate(guide.to(scores.dtype), half, mode="bilinear", antialias=True)
-        refined = refine(small, scores, config.par_dilations, config.par_iterations, resize="masks")
+        refined = cast(Tensor, refine(small, scores, config.par_dilations, config.par_iterations, resize="masks"))
         return F.adaptive_avg_pool2d(refined, grid) if config.label_grid == "tokens" else refined
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -53,10 +54,10 @@ class OrientedStem(nn.Module):
         self.project = nn.Conv2d(dim, dim, 1)
         with torch.no_grad():
             self.filters.weight.copy_(filters)
-        nn.init.zeros_(self.filters.bias)
+        nn.init.zeros_(cast(Tensor, self.filters.bias))
         for conv in [*self.convs, self.project]:  # keeps the variance through the stack; torch's default loses it
             nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
-            nn.init.zeros_(conv.bias)
+            nn.init.zeros_(cast(Tensor, conv.bias))
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, 3, H, W]`` → ``[B, dim, H / patch_size, W / patch_size]``."""
@@ -77,7 +78,9 @@ class ConvStem(PatchEmbed):
         ValueError: The patch size is not a power of two of at least 4, or the images have not three channels.
     """
 
-    def __init__(self, img_size=224, patch_size: int = 8, in_chans: int = 3, embed_dim: int = 128, **kwargs) -> None:
+    def __init__(
+        self, img_size: int = 224, patch_size: int = 8, in_chans: int = 3, embed_dim: int = 128, **kwargs: Any
+    ) -> None:
         if patch_size < 4 or patch_size & (patch_size - 1):
             raise ValueError(f"{patch_size=}: expected a power of two of at least 4")
         if in_chans != 3:

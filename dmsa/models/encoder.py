@@ -13,11 +13,15 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from dmsa.models.state import read_state
+from dmsa.models.state import differing_keys, read_state
+
+if TYPE_CHECKING:
+    from timm.models.vision_transformer import VisionTransformer
 
 HUB = "https://dl.fbaipublicfiles.com/dino"
 DINO_FILES = {
@@ -65,25 +69,25 @@ class Encoder(nn.Module):
             attention row to differentiate; the message names it.
     """
 
-    def __init__(self, vit: nn.Module) -> None:
+    def __init__(self, vit: VisionTransformer) -> None:
         super().__init__()
         check_architecture(vit)
-        self.vit = vit.requires_grad_(False)
+        self.vit: VisionTransformer = vit.requires_grad_(False)
         self.embed_dim: int = vit.embed_dim
         self.patch_size: int = vit.patch_embed.patch_size[0]
         self.num_heads: int = vit.blocks[-1].attn.num_heads
         self.depth: int = len(vit.blocks)
         self.num_prefix_tokens: int = vit.num_prefix_tokens
-        self._before_last = self._run_before_last
+        self._before_last = before_last
         self.eval()
 
     def train(self, mode: bool = True) -> Encoder:
         """Stay in eval mode: the backbone is frozen, and its dropout would make the labels random."""
         return super().train(False)
 
-    def compile_frozen(self, **options) -> None:
+    def compile_frozen(self, **options: Any) -> None:
         """Compile the frozen blocks with `torch.compile(**options)`; call before training."""
-        self._before_last = torch.compile(self._run_before_last, **options)
+        self._before_last = torch.compile(before_last, **options)
 
     def grid(self, images: Tensor) -> tuple[int, int]:
         """Return the token grid (h, w) of `images` [B, 3, H, W].
@@ -112,7 +116,7 @@ class Encoder(nn.Module):
         if not len(images):  # timm's reshapes are ambiguous for an empty batch
             return images.new_zeros(0, self.num_prefix_tokens + grid[0] * grid[1], self.embed_dim)
         with torch.no_grad():
-            return self._before_last(images)
+            return self._before_last(self.vit, images)
 
     def attend(self, tokens: Tensor, grid: tuple[int, int], *, output: bool = True) -> Attended:
         """Evaluate the last block's attention, without gradients.
@@ -200,12 +204,18 @@ class Encoder(nn.Module):
         with torch.no_grad():
             return self.tail(self.frozen(images), grid)
 
-    def _run_before_last(self, images: Tensor) -> Tensor:
-        vit = self.vit
-        x = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
-        for block in vit.blocks[:-1]:
-            x = block(x)
-        return x
+
+def before_last(vit: VisionTransformer, images: Tensor) -> Tensor:
+    """Return the input `[B, T, D]` of a timm ViT's last block for `images` `[B, 3, H, W]`."""
+    return blocks_before_last(vit, vit.patch_embed(images))
+
+
+def blocks_before_last(vit: VisionTransformer, embedded: Tensor) -> Tensor:
+    """Return the same for what the patch embedding made of the images, in its own layout."""
+    x = vit.norm_pre(vit.patch_drop(vit._pos_embed(embedded)))
+    for block in vit.blocks[:-1]:
+        x = block(x)
+    return x
 
 
 def as_encoder(model: nn.Module) -> Encoder:
@@ -213,7 +223,7 @@ def as_encoder(model: nn.Module) -> Encoder:
     return model if isinstance(model, Encoder) else Encoder(model)
 
 
-def _project(attention: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _project(attention: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     batch, length, _ = x.shape
     qkv = attention.qkv(x)  # [B, T, 3D]
     width = qkv.shape[-1] // (3 * attention.num_heads)
@@ -222,7 +232,7 @@ def _project(attention: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return attention.q_norm(query), attention.k_norm(key), value
 
 
-def _mix(attention: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def _mix(attention: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     # the same operations as timm's own forward, so that the plain path stays bit-equal to it
     if attention.fused_attn:
         mixed = nn.functional.scaled_dot_product_attention(query, key, value)
@@ -231,17 +241,17 @@ def _mix(attention: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> Ten
     return mixed.transpose(1, 2).flatten(2)  # [B, T, D]
 
 
-def _gate(attention: nn.Module, x: Tensor) -> Tensor | None:
+def _gate(attention: Any, x: Tensor) -> Tensor | None:
     gate = getattr(attention, "gate", None)
     return None if gate is None else gate(x).sigmoid()
 
 
-def _finish(attention: nn.Module, mixed: Tensor, gate: Tensor | None) -> Tensor:
+def _finish(attention: Any, mixed: Tensor, gate: Tensor | None) -> Tensor:
     mixed = attention.norm(mixed) if hasattr(attention, "norm") else mixed
     return attention.proj(mixed if gate is None else mixed * gate)
 
 
-def check_architecture(vit: nn.Module) -> None:
+def check_architecture(vit: Any) -> None:
     """Raise the `TypeError` that says why `vit` cannot be the backbone of an `Encoder`."""
     from timm.models.vision_transformer import Attention, Block, VisionTransformer
 
@@ -369,13 +379,7 @@ def load_weights(encoder: Encoder, path: str | Path, name: str = "the encoder") 
     state = _strip(read_state(path), expected)
     if "pos_embed" in state and "pos_embed" in expected:
         state["pos_embed"] = _resample_positions(encoder.vit, state["pos_embed"], expected["pos_embed"])
-    differing = [f"missing {key}" for key in expected if key not in state]
-    differing += [f"unexpected {key}" for key in state if key not in expected]
-    differing += [
-        f"{key} is {tuple(state[key].shape)}, expected {tuple(expected[key].shape)}"
-        for key in expected
-        if key in state and state[key].shape != expected[key].shape
-    ]
+    differing = differing_keys(state, expected)
     if differing:
         raise ValueError(
             f"{path} holds another architecture than {name!r}: {len(differing)} keys differ, "
@@ -395,7 +399,7 @@ def _strip(state: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, T
     return stripped
 
 
-def _resample_positions(vit: nn.Module, found: Tensor, expected: Tensor) -> Tensor:
+def _resample_positions(vit: VisionTransformer, found: Tensor, expected: Tensor) -> Tensor:
     prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
     side = round((found.shape[1] - prefix) ** 0.5) if found.ndim == 3 else 0
     square = side > 0 and side * side == found.shape[1] - prefix

@@ -6,6 +6,7 @@ import importlib.util
 import io
 import warnings
 from collections.abc import Sequence
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ class Deployed(nn.Module):
         # Nothing is trained from here on, and a program may not hold constants that ask for gradients.
         self.segmenter = segmenter.requires_grad_(False)
         self.rates = tuple(rates)
+        self.order: Tensor
         self.register_buffer("order", torch.tensor(order), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -93,7 +95,7 @@ def to_onnx(program: torch.export.ExportedProgram, example: Tensor) -> bytes:
         torch.onnx.export(
             _AsModule(program),
             (example,),
-            stream,
+            cast(Any, stream),  # documented, but not in its annotation
             input_names=["images"],
             output_names=["logits"],
             dynamo=False,

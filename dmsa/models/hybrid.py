@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -39,6 +40,8 @@ class NetworkStem(nn.Module):
             raise ValueError(f"network {name!r} has no maps of the strides 16 and 32")
         self.scale = Standardised(maps.shape[1])
         self.project = nn.Linear(maps.shape[1], dim)
+        self.mean: Tensor
+        self.std: Tensor
         # encoders are given ImageNet-normalised images, the network wants them in [0, 1]
         self.register_buffer("mean", torch.tensor(IMAGENET_DEFAULT_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_DEFAULT_STD).view(3, 1, 1), persistent=False)
@@ -56,8 +59,15 @@ class NetworkEmbed(PatchEmbed):
     """A drop-in for timm's `PatchEmbed`: same token grid, `NetworkStem` as projection."""
 
     def __init__(
-        self, img_size=224, patch_size: int = PATCH, in_chans: int = 3, embed_dim: int = DIM, *, network, **kwargs
-    ):
+        self,
+        img_size: int = 224,
+        patch_size: int = PATCH,
+        in_chans: int = 3,
+        embed_dim: int = DIM,
+        *,
+        network: str,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(img_size, patch_size, in_chans, embed_dim, **kwargs)
         self.proj = NetworkStem(network, embed_dim)
 

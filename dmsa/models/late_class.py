@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
@@ -12,7 +14,7 @@ class PatchBlock(Block):
 
     reads_class = False
 
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``[B, 1 + N, D]`` → the same shape."""
         if self.reads_class:
             return super().forward(x, *args, **kwargs)
@@ -30,7 +32,7 @@ class LateClassViT(VisionTransformer):
         **kwargs: Of timm's ``VisionTransformer``, one class token and no other prefix token.
     """
 
-    def __init__(self, **kwargs) -> None:
+    def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs, block_fn=PatchBlock)
         if self.num_prefix_tokens != 1:
             raise ValueError(f"{self.num_prefix_tokens=}: expected the class token alone")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -26,7 +27,9 @@ class FrozenNetwork(nn.Module):
         super().__init__()
         if not timm.is_model(name):
             raise ValueError(f"network {name!r}: timm {timm.__version__} knows no such model")
-        self.network = timm.create_model(name, pretrained=False).requires_grad_(False).eval()
+        self.network: Any = timm.create_model(name, pretrained=False).requires_grad_(False).eval()
+        self.mean: Tensor
+        self.std: Tensor
         described = resolve_model_data_config(self.network)
         self.size: int = min(described["input_size"][1:])
         self.register_buffer("mean", torch.tensor(described["mean"]).view(3, 1, 1), persistent=False)
@@ -74,7 +77,8 @@ class FrozenNetwork(nn.Module):
         places = top.permute(0, 2, 3, 1)
         single = places.flatten(0, 2)[..., None, None]  # [B h w, C, 1, 1]
         read = (self.network.forward_head(single, pre_logits=True), self.network.forward_head(single))
-        return tuple(part.unflatten(0, places.shape[:3]) for part in read)
+        pooled, logits = (part.unflatten(0, places.shape[:3]) for part in read)
+        return pooled, logits
 
 
 class Standardised(nn.Module):
@@ -86,6 +90,8 @@ class Standardised(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
+        self.mean: Tensor
+        self.std: Tensor
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("std", torch.ones(channels))
 

@@ -11,6 +11,7 @@ from dmsa.config import ModelConfig
 from dmsa.models.aspp import AtrousPyramid
 from dmsa.models.decoder import MaskTransformer
 from dmsa.models.encoder import Attended, Encoder, build_encoder
+from dmsa.models.state import differing_keys
 
 DEFAULT_RATES = (1, 1, 2, 3)
 
@@ -74,7 +75,7 @@ class Segmenter(nn.Module):
         rates = DEFAULT_RATES if rates is None else tuple(rates)
         inside = self.pyramid if self.placement == "mhsa" else None
         patches, _ = self.encoder.tail(tokens, grid, rates, inside)  # [B, N, D]
-        if self.placement == "neck":
+        if self.placement == "neck" and self.pyramid is not None:
             patches = patches + self.pyramid(patches, grid, rates)
         logits, class_tokens = self.decoder(patches)
         return {"logits": logits.transpose(1, 2).unflatten(2, grid), "class_tokens": class_tokens}
@@ -97,13 +98,7 @@ class Segmenter(nn.Module):
             ValueError: other keys or shapes; the first differing ones are listed.
         """
         own = {key: value for key, value in self.state_dict().items() if not key.startswith("encoder.")}
-        differing = [f"missing {key}" for key in own if key not in state]
-        differing += [f"unexpected {key}" for key in state if key not in own]
-        differing += [
-            f"{key} is {tuple(state[key].shape)}, expected {tuple(own[key].shape)}"
-            for key in own
-            if key in state and state[key].shape != own[key].shape
-        ]
+        differing = differing_keys(state, own)
         if differing:
             raise ValueError(f"the state is of another segmenter: {len(differing)} keys differ, first {differing[:5]}")
         for key, value in own.items():

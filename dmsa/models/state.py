@@ -1,8 +1,9 @@
-"""Reading checkpoint files of backbones: tensors by name, nothing executed."""
+"""Checkpoint files of backbones: tensors by name, nothing executed, and what keeps them from being loaded."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -38,3 +39,16 @@ def read_state(path: Path) -> dict[str, Tensor]:
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"{path} holds no state dict: expected tensors by name, or a 'teacher' entry with them")
     return content
+
+
+def differing_keys(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
+    """Return what keeps `state` from being loaded where `expected` is: keys that differ, and shapes, one text each."""
+    return [
+        *(f"missing {key}" for key in expected if key not in state),
+        *(f"unexpected {key}" for key in state if key not in expected),
+        *(
+            f"{key} is {tuple(state[key].shape)}, expected {tuple(expected[key].shape)}"
+            for key in expected
+            if key in state and state[key].shape != expected[key].shape
+        ),
+    ]

@@ -10,11 +10,13 @@ import copy
 import math
 import sys
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from dmsa.data.images import as_rgb, open_image
@@ -157,7 +159,7 @@ def random_crop(image: Tensor, size: int, scale: tuple[float, float], generator:
     return crop.clamp(0, 1)
 
 
-def build(config: PretrainConfig, vit: nn.Module) -> Recipe:
+def build(config: PretrainConfig, vit: VisionTransformer) -> Recipe:
     """Modules, loss and after-step hook of the recipe, for `dmsa.pretrain.loop.run`.
 
     Raises:
@@ -175,7 +177,7 @@ def build(config: PretrainConfig, vit: nn.Module) -> Recipe:
 
     def project(network: nn.ModuleDict, images: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
-            tokens = network["vit"].forward_features(normalise(images))
+            tokens = cast(VisionTransformer, network["vit"]).forward_features(normalise(images))
         return network["head"](tokens[:, 0].float())
 
     def loss_of_step(step: int, generator: torch.Generator) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from dmsa.models.network import Standardised, load_network
@@ -22,7 +23,7 @@ STATISTICS_CROPS = 64
 """Crops from which mean and deviation of the network's features are taken."""
 
 
-def build(config: PretrainConfig, vit: nn.Module) -> Recipe:
+def build(config: PretrainConfig, vit: VisionTransformer) -> Recipe:
     """Modules, loss and after-step hook of the recipe, for `dmsa.pretrain.loop.run`.
 
     The loss is one minus the cosine of the standardised features and what a linear layer reads from the student's

@@ -21,8 +21,10 @@ from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from dmsa.models.encoder import blocks_before_last
 from dmsa.pretrain.config import PretrainConfig
 from dmsa.pretrain.loop import Recipe
 from dmsa.pretrain.quality import normalise
@@ -277,7 +279,7 @@ NAMES_FIRST = 0.6
 """Share of the training in which names alone are learnt: all at the same time takes far longer."""
 
 
-def class_tokens(vit: nn.Module, embedded: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def class_tokens(vit: VisionTransformer, embedded: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """What the class token says of a picture, and what it would say if its attention in the last block moved.
 
     Args:
@@ -290,9 +292,7 @@ def class_tokens(vit: nn.Module, embedded: Tensor, shift: Tensor | None) -> tupl
         The class token ``[B, D]``; those with moved attention ``[B, N, D]``; and the attention to the patches, mean
         over the heads, ``[B, N]``.
     """
-    x = vit.norm_pre(vit.patch_drop(vit._pos_embed(embedded)))
-    for block in vit.blocks[:-1]:
-        x = block(x)
+    x = blocks_before_last(vit, embedded)
     last, prefix = vit.blocks[-1], vit.num_prefix_tokens
     attention = last.attn
     query, key, value = attention.qkv(last.norm1(x)).unflatten(-1, (3, attention.num_heads, -1)).unbind(2)
@@ -375,7 +375,7 @@ def formula_loss(
     }
 
 
-def build(config: PretrainConfig, vit: nn.Module) -> Recipe:
+def build(config: PretrainConfig, vit: VisionTransformer) -> Recipe:
     """Modules, loss and after-step hook of the recipe, for `dmsa.pretrain.loop.run`."""
     categories = draw_categories(config.categories, config.seed)
     head = FormulaHead(vit.embed_dim, categories.operator)

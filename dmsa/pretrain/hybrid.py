@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from dmsa.models.hybrid import NetworkStem
@@ -40,10 +41,11 @@ def evidence(pooled: Tensor, logits: Tensor) -> Tensor:
     border[0] = border[-1] = border[:, 0] = border[:, -1] = True
     away = -torch.einsum("bhwp,bp->bhw", unit, unit[:, border].mean(1))
     parts = [part.flatten(1) for part in (logits.logsumexp(-1), away)]
-    return sum((part - part.mean(1, keepdim=True)) / part.std(1, keepdim=True).clamp(min=1e-6) for part in parts)
+    first, second = ((part - part.mean(1, keepdim=True)) / part.std(1, keepdim=True).clamp(min=1e-6) for part in parts)
+    return first + second
 
 
-def build(config: PretrainConfig, vit: nn.Module) -> Recipe:
+def build(config: PretrainConfig, vit: VisionTransformer) -> Recipe:
     """Modules, loss and after-step hook of the recipe, for `dmsa.pretrain.loop.run`; loads the CNN into `vit`.
 
     Raises:

@@ -89,8 +89,8 @@ def run(
         step = state["step"]
 
     def checkpoint() -> None:
-        state = {"modules": modules.state_dict(), "optimiser": optimiser.state_dict()}
-        state |= {"step": step, "settings": settings}
+        state = {"modules": modules.state_dict(), "optimiser": optimiser.state_dict(), "step": step}
+        state["settings"] = settings
         write_atomically(last, lambda stream: torch.save(state, stream))
 
     parameters = [p for p in modules.parameters() if p.requires_grad]

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from sklearn.cluster import KMeans
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from dmsa import data
@@ -16,6 +17,7 @@ from dmsa.config import DataConfig
 from dmsa.data.base import IGNORE, table
 from dmsa.data.shapes import THINGS, render
 from dmsa.data.transforms import MEAN, STD, ValTransform
+from dmsa.models.encoder import before_last
 
 
 @dataclass(frozen=True)
@@ -43,11 +45,9 @@ def normalise(images: Tensor) -> Tensor:
     return (images - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
 
 
-def tokens_and_attention(vit: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+def tokens_and_attention(vit: VisionTransformer, images: Tensor) -> tuple[Tensor, Tensor]:
     """Final tokens ``[B, T, D]`` and the last block's class-token attention ``[B, N]`` (mean over the heads)."""
-    x = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
-    for block in vit.blocks[:-1]:
-        x = block(x)
+    x = before_last(vit, images)
     last = vit.blocks[-1]
     attention = last.attn
     qkv = attention.qkv(last.norm1(x)).unflatten(-1, (3, attention.num_heads, -1))  # [B, 1 + N, 3, heads, d]
@@ -104,7 +104,8 @@ def object_crops(count: int, side: int, seed: int) -> tuple[Tensor, np.ndarray]:
     Returns:
         Normalised crops ``[count, 3, side, side]`` and class indices ``[count]`` (0 is the first object class).
     """
-    crops, kinds = [], []
+    crops: list[Tensor] = []
+    kinds: list[int] = []
     index = 0
     while len(crops) < count:
         image, label = render(seed, "val", index, 128)
@@ -125,7 +126,7 @@ def object_crops(count: int, side: int, seed: int) -> tuple[Tensor, np.ndarray]:
     return normalise(torch.cat(crops[:count])), np.array(kinds[:count])
 
 
-def _features(vit: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+def _features(vit: VisionTransformer, images: Tensor) -> tuple[Tensor, Tensor]:
     """Final tokens and attention, as `tokens_and_attention`, of any number of images."""
     device = next(vit.parameters()).device
     done = [tokens_and_attention(vit, chunk.to(device)) for chunk in images.split(40)]
@@ -158,7 +159,7 @@ def _probe_and_clusters(
 
 
 @torch.no_grad()
-def measure(vit: nn.Module, *, size: int = 96, pictures: int = 120, crops: int = 300, seed: int = 0) -> Quality:
+def measure(vit: VisionTransformer, *, size: int = 96, pictures: int = 120, crops: int = 300, seed: int = 0) -> Quality:
     """Measure a timm vision transformer on ``shapes``.
 
     Args:
@@ -225,7 +226,7 @@ def super_categories() -> np.ndarray:
 
 
 @torch.no_grad()
-def measure_photos(vit: nn.Module, root: str, *, size: int = 320, seed: int = 0) -> PhotoQuality:
+def measure_photos(vit: VisionTransformer, root: str, *, size: int = 320, seed: int = 0) -> PhotoQuality:
     """Measure a timm vision transformer on photographs.
 
     Args:
@@ -260,9 +261,9 @@ def measure_photos(vit: nn.Module, root: str, *, size: int = 320, seed: int = 0)
     chosen = np.random.default_rng(seed).permutation(known["train"])[:PROBE_TOKENS]
     x, _, y = found["train"]
     train = x[chosen], y[chosen]
-    x, attention, y = found["val"]
+    x, seen, y = found["val"]
     vit.train(training)
     return PhotoQuality(
         **_probe_and_clusters(train, (x[known["val"]], y[known["val"]]), classes, seed),
-        **_attention_scores(attention, torch.from_numpy((y > 0) & (y < classes)).view(attention.shape)),
+        **_attention_scores(seen, torch.from_numpy((y > 0) & (y < classes)).view(seen.shape)),
     )

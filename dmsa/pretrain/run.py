@@ -9,6 +9,7 @@ from pathlib import Path
 import timm
 import torch
 from safetensors.torch import save
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from dmsa.files import write_atomically
@@ -24,13 +25,14 @@ VERSION = 2
 """Raised when a recipe or the shipped architecture changes, so that older checkpoints are not taken up."""
 
 
-def build_backbone(name: str, size: int) -> nn.Module:
+def build_backbone(name: str, size: int) -> VisionTransformer:
     """An untrained timm vision transformer without a classifier.
 
     Raises:
         ValueError: Not a vision transformer that timm knows, or one without a class token or with an unusual last
             block; or a size that is no multiple of its patches.
     """
+    vit: VisionTransformer
     if name == "shapes_vit_tiny":
         vit = shapes_vit_tiny()
     elif name.startswith(HYBRID):

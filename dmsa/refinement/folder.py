@@ -5,10 +5,11 @@ from __future__ import annotations
 import io
 import json
 import multiprocessing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -236,8 +237,8 @@ class Worker:
         except (ValueError, OSError) as error:
             return f"{job.name}: {error}".replace("\n", " ")
         if job.soft_out is not None:
-            arrays = {"keys": np.asarray(refined.ids), "maps": refined.scores.astype(np.float16)}
-            _write(job.soft_out, lambda stream: np.savez_compressed(stream, **arrays))
+            keys, maps = np.asarray(refined.ids), refined.scores.astype(np.float16)
+            _write(job.soft_out, lambda stream: np.savez_compressed(stream, keys=keys, maps=maps))
         if job.counts_out is not None and truth is not None:
             counts = count(refined, truth)
             _write(job.counts_out, lambda stream: np.savez_compressed(stream, **vars(counts)))
@@ -248,7 +249,7 @@ class Worker:
         return None
 
 
-def _write(path: Path, write) -> None:
+def _write(path: Path, write: Callable[[BinaryIO], object]) -> None:
     content = io.BytesIO()
     write(content)
     write_atomically(path, lambda stream: stream.write(content.getvalue()))

@@ -113,8 +113,8 @@ def read_maps(files: Sequence[MaskFile], first_class: int) -> Maps:
         if stored.size and (stored.min() < 0 or stored.max() > IGNORE):
             raise ValueError(f"{path} holds class indices up to {stored.max()}; expected 0..254, or 255 to ignore")
         return from_indices(stored.astype(np.uint8))
-    planes = stored[None] if stored.ndim == 2 else stored
-    return _checked(path, [first_class + i for i in range(len(planes))], planes)
+    stack = stored[None] if stored.ndim == 2 else stored
+    return _checked(path, [first_class + i for i in range(len(stack))], stack)
 
 
 def read_plane(path: Path) -> np.ndarray:
@@ -149,10 +149,10 @@ def _of_dictionary(path: Path, stored: Mapping[Any, Any], first_class: int) -> t
                 f"{path} holds {few(list(stored)) or 'nothing'}; expected `keys` and one of {', '.join(MAP_KEYS)}, or"
                 " class numbers"
             )
-        maps = [_array(plane) for plane in stored.values()]
-        if len({plane.shape for plane in maps}) > 1:
-            raise ValueError(f"{path}: its maps differ in size: {few([plane.shape for plane in maps])}")
-        return [int(key) + first_class for key in stored], np.stack(maps)
+        planes = [_array(plane) for plane in stored.values()]
+        if len({plane.shape for plane in planes}) > 1:
+            raise ValueError(f"{path}: its maps differ in size: {few([plane.shape for plane in planes])}")
+        return [int(key) + first_class for key in stored], np.stack(planes)
     if "keys" not in stored:
         raise ValueError(f"{path} has {name!r} but no 'keys' to tell its classes")
     keys, maps = _array(stored["keys"]).reshape(-1).tolist(), _array(stored[name])

@@ -24,7 +24,7 @@ def score_rows(counts: Counts, names: Sequence[str]) -> list[list[str]]:
     before, after = class_ious(counts.before), class_ious(counts.after)
     present = np.flatnonzero(~np.isnan(before))
     rows = [["class", "before", "after", "change"]]
-    for i in present:
+    for i in present.tolist():
         name = names[i] if i < len(names) else f"class {i}"
         rows.append([name, percent(before[i], 1), percent(after[i], 1), f"{after[i] - before[i]:+.1f}"])
     means = before[present].mean(), after[present].mean()

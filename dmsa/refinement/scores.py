@@ -33,8 +33,8 @@ class Counts:
     @classmethod
     def none(cls) -> Counts:
         """Return the counts of no image."""
-        pairs, sweep = (IDS, IDS), (len(THRESHOLDS), 2, IDS)
-        return cls(*(np.zeros(shape, dtype=np.int64) for shape in (pairs, pairs, sweep, sweep)))
+        pairs, sweep = np.zeros((IDS, IDS), np.int64), np.zeros((len(THRESHOLDS), 2, IDS), np.int64)
+        return cls(pairs, pairs.copy(), sweep, sweep.copy())
 
     def __iadd__(self, other: Counts) -> Counts:
         self.before += other.before

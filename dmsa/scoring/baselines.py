@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -83,7 +83,7 @@ def cluster_patches(features: Tensor, clusters: int, side: int, seed: int) -> Te
 
 
 @torch.no_grad()
-def cam_labels(dataset: Any, encoder: Encoder, centroids: Tensor, config: Config, par: str) -> Tensor:
+def cam_labels(dataset: Any, encoder: Encoder, centroids: Tensor, config: Config, par: Literal["on", "off"]) -> Tensor:
     """Labels that the class activation map alone gives, ``[n, H, W]``, refined by PAR (`par` = "on") or not."""
     device = next(encoder.parameters()).device
     labels = dataclasses.replace(config.labels, par=par, label_grid="pixels")

@@ -181,7 +181,7 @@ def evaluate(
     protocol = _checked(dataset, protocol, batch, workers)
     indices, curated = _indices(dataset, protocol)
     share = distributed.shard(len(indices))
-    work = _Work(np.asarray(indices)[share.start : share.stop], _ReadImage(dataset, protocol))
+    work = _Work(indices[share.start : share.stop], _ReadImage(dataset, protocol))
     histogram = Histogram(dataset.num_classes)
     skipped: list[Skip] = []
     for items in _batches(work, batch, workers, progress):
@@ -257,9 +257,7 @@ def evaluate_predictions(
         )
     scored = [index for index in indices if index in files]
     share = distributed.shard(len(scored))
-    work = _Work(
-        np.asarray(scored)[share.start : share.stop], _ReadMasks(dataset, protocol, files, predicted_255 != "refuse")
-    )
+    work = _Work(scored[share.start : share.stop], _ReadMasks(dataset, protocol, files, predicted_255 != "refuse"))
     histogram = Histogram(dataset.num_classes, gaps=predicted_255 != "refuse")
     skipped: list[Skip] = []
     for items in _batches(work, batch, workers, progress):

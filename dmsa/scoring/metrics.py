@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -183,7 +184,7 @@ def scores(
     )
 
 
-def things_of(dataset: object) -> np.ndarray:
+def things_of(dataset: Any) -> np.ndarray:
     """Return which classes of a data set are things, bool `[K]`; needs `num_classes`, `n_things`, `things_only`."""
     first = int(dataset.things_only)
     kinds = np.zeros(dataset.num_classes, dtype=bool)

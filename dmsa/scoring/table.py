@@ -234,10 +234,13 @@ class Report:
         """Write `REPORT_FILES` into `folder` and return their paths; `force` replaces those that are there."""
         paths = claim_outputs(folder, REPORT_FILES, force=force)
         for path, content in zip(paths, (self.text(), self.markdown(), self.json()), strict=False):
-            lines = f"{content}\n".encode(errors="backslashreplace")
-            write_atomically(path, lambda stream, lines=lines: stream.write(lines))
+            _write_text(path, f"{content}\n")
         write_atomically(paths[-1], self.draw)
         return paths
+
+
+def _write_text(path: Path, text: str) -> None:
+    write_atomically(path, lambda stream: stream.write(text.encode(errors="backslashreplace")))
 
 
 def _or_none(value: float) -> float | None:

@@ -156,8 +156,10 @@ def scores_of(config: Config) -> tuple[Curve, list[str]]:
 
     def read() -> Curve | None:
         newest = checkpoint.Checkpoints(folder / "checkpoints").newest()
-        state = None if newest is None else checkpoint.load(newest)
-        if state is None or state["epoch"] < config.train.epochs:
+        if newest is None:
+            return None
+        state = checkpoint.load(newest)
+        if state["epoch"] < config.train.epochs:
             return None
         checkpoint.check_config(state, config, newest)
         return state["scores"]
@@ -225,7 +227,7 @@ def ablate(
     if not seeds:
         raise ValueError(f"{seeds=}: expected one seed at least")
     base = load_preset(preset)
-    counts = {"train_images": train_images, "val_images": val_images}
+    counts: dict[str, Any] = {"train_images": train_images, "val_images": val_images}
     counts = {name: value for name, value in counts.items() if value is not None}
     training = dataclasses.replace(base.train, baselines=False, epochs=epochs or base.train.epochs)
     base = dataclasses.replace(base, data=dataclasses.replace(base.data, **counts), train=training)

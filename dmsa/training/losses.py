@@ -98,7 +98,7 @@ def segmentation_loss(
         raise ValueError("n_things is needed to tell things from stuff when things_only=False")
     loss = _cross_entropy(logits, label, ignore_index)
     valid = label != ignore_index
-    background = valid & ((label == 0) if things_only else (label >= n_things))
+    background = valid & ((label == 0) if n_things is None or things_only else (label >= n_things))
     halves = [_reduce(torch.where(half, loss, 0), half, "mean") for half in (background, valid & ~background)]
     return 0.5 * halves[0] + 0.5 * halves[1]
 

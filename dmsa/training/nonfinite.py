@@ -37,13 +37,13 @@ def stop_nonfinite(
     Raises:
         NonFiniteLossError: always, the same in every process but for whether its batch could be kept.
     """
-    everyone = distributed.gather_objects(own)
-    step = min(item["step"] for item in everyone if item)
-    ranks = [rank for rank, item in enumerate(everyone) if item and item["step"] == step]
-    values = everyone[ranks[0]]["values"]
+    broken = {rank: item for rank, item in enumerate(distributed.gather_objects(own)) if item}
+    step = min(item["step"] for item in broken.values())
+    ranks = [rank for rank, item in broken.items() if item["step"] == step]
+    values = broken[ranks[0]]["values"]
     kept = f"The batch is in {folder}"
     if distributed.rank() in ranks:
-        saved = {**remake(step), "epoch": epoch, "step": step, "losses": everyone[distributed.rank()]["values"]}
+        saved = {**remake(step), "epoch": epoch, "step": step, "losses": broken[distributed.rank()]["values"]}
         try:
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / f"step-{step:08d}-rank{distributed.rank()}.pt"

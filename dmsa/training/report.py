@@ -39,11 +39,8 @@ def draw_panels(
     classes = task.classes
     palette = predicted_palette(classes, assignment)
     # Classes as the ground truth has them, and as predicted ids have them: the same entries once these are matched.
-    true_entries = [
-        (name, tuple(map(int, colour))) for name, colour in zip(classes.classes, classes.palette, strict=True)
-    ]
-    names = predicted_names(classes, assignment)
-    entries = [(name, tuple(map(int, colour))) for name, colour in zip(names, palette, strict=True)]
+    true_entries = list(zip(classes.classes, _colours(classes.palette), strict=True))
+    entries = list(zip(predicted_names(classes, assignment), _colours(palette), strict=True))
     rows, seen = [], set()
     for index in indices:
         sample = dataset[index]
@@ -70,6 +67,10 @@ def draw_panels(
             ]
         )
     return panel(rows, legend=[entry for entry in dict.fromkeys([*true_entries, *entries]) if entry in seen])
+
+
+def _colours(palette: np.ndarray) -> list[tuple[int, int, int]]:
+    return [(int(red), int(green), int(blue)) for red, green, blue in palette]
 
 
 def _labels(batch: torch.Tensor) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import time
@@ -74,7 +75,6 @@ class Trainer:
         self.config, self.device, self.argv = config, device, argv
         self.rank, self.world_size = distributed.rank(), distributed.world_size()
         self.folder: RunFolder | None = None
-        self.log: MetricsLog | None = None
         self.state = State()
         set_up_torch(config)
 
@@ -127,7 +127,7 @@ class Trainer:
         self.task = Task(config, self.classes, self.encoder, self.centroids["vectors"])
         self.optimizer = build_optimizer(self.task.student, config)
         precision = PRECISIONS[config.train.precision]
-        self.autocast = {"device_type": kind, "dtype": precision, "enabled": precision != torch.float32}
+        self.autocast = functools.partial(torch.autocast, kind, dtype=precision, enabled=precision != torch.float32)
         self.scaler = torch.amp.GradScaler(kind, enabled=precision == torch.float16)
         keep_bytes = 0 if found is None else self._restore(found)
         if config.train.compile:
@@ -190,10 +190,11 @@ class Trainer:
         self.state = State(**{field.name: found[field.name] for field in dataclasses.fields(State)})
         if found["skipped_images"]:
             self.train_data.remember_skipped(found["skipped_images"])
-        if distributed.is_main() and self.state.best and self.state.best["step"] == self.state.step:
+        newest = self.store.newest()
+        if distributed.is_main() and newest and self.state.best and self.state.best["step"] == self.state.step:
             # The process may have died between writing this checkpoint and marking it as the best.
-            self.store.mark_best(self.store.newest())
-        say(f"going on from {self.store.newest()}: epoch {self.state.epoch + 1}, step {self.state.step}")
+            self.store.mark_best(newest)
+        say(f"going on from {newest}: epoch {self.state.epoch + 1}, step {self.state.step}")
         return found["metrics_bytes"]
 
     # Driving
@@ -257,14 +258,14 @@ class Trainer:
         """Do one optimiser step; return this process's share of what is watched and its label counts, on the device."""
         epoch, step = self.state.epoch, self.state.step
         seed_everything(mix(self.config.train.seed, step))
-        with torch.autocast(**self.autocast):
+        with self.autocast():
             parts = [self.task.prepare(part, epoch, step) for part in _split(batch, self.config.train.micro_batch)]
         counts = distributed.all_reduce_sum(torch.stack([part.counts for part in parts]).sum(0))
         self.optimizer.zero_grad(set_to_none=True)
         watched = torch.zeros(len(WATCHED), dtype=torch.float64, device=self.device)
         for number, part in enumerate(parts):
             with self._synchronised(number == len(parts) - 1):
-                with torch.autocast(**self.autocast):
+                with self.autocast():
                     losses = self.task.losses(part, counts, epoch)
                 # The wrapper averages over processes, the shares are to be added up.
                 self.scaler.scale(losses["total"] * self.world_size).backward()
@@ -282,8 +283,10 @@ class Trainer:
 
     def _synchronised(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Average the gradients over processes in the last part's backward pass only."""
-        wrapped = self.task.forward is not self.task.student
-        return self.task.forward.no_sync() if wrapped and not last else contextlib.nullcontext()
+        wrapped = self.task.forward
+        if isinstance(wrapped, nn.parallel.DistributedDataParallel) and not last:
+            return wrapped.no_sync()
+        return contextlib.nullcontext()
 
     def _log_window(self) -> bool:
         """Read the window back, check and log it; return whether a checkpoint is due. The only wait for the device."""
@@ -380,7 +383,7 @@ class Trainer:
             def predict(images: Tensor) -> Tensor:
                 images = images.to(self.device, non_blocking=True)
                 rates = self.task.eval_rates(epoch, self.encoder.grid(images))
-                with torch.autocast(**self.autocast):
+                with self.autocast():
                     return student(images, rates)["logits"]
 
             protocol = Protocol("transfgu", config.data.size)
@@ -413,7 +416,7 @@ class Trainer:
             )
         else:
             say(f"epoch {epoch + 1}/{config.train.epochs}: no score, the validation images have no labels")
-        if distributed.is_main() and config.train.panels:
+        if self.folder is not None and config.train.panels:
             count = min(config.train.panels, len(self.val_data))
             indices = [i * len(self.val_data) // count for i in range(count)]
             picture = draw_panels(self.task, self.val_data, indices, epoch, state.assignment)
@@ -429,7 +432,7 @@ class Trainer:
 
     def report(self, baselines: Sequence[Mapping[str, Any]] = ()) -> Path | None:
         """Write report.md, with the rows of `baselines` beside the run's own; return its path on rank 0."""
-        if not distributed.is_main():
+        if self.folder is None:
             return None
         panels = sorted(path.name for path in self.folder.panels.glob("epoch-*.png"))
         text = report_text(
@@ -485,8 +488,7 @@ class Trainer:
 
     def close(self) -> None:
         """Close files."""
-        if self.log is not None:
-            self.log.close()
+        self.log.close()
         if self.folder is not None:
             self.folder.close()
 
@@ -501,4 +503,4 @@ def _split(batch: Mapping[str, Any], size: int | None) -> list[dict[str, Any]]:
 def _label_counts(parts: list[Prepared], num_classes: int) -> Tensor:
     """Count the labels `[K]` without asking the device for anything."""
     ids = torch.arange(num_classes, device=parts[0].label.device)
-    return sum((part.label.reshape(-1, 1) == ids).sum(0) for part in parts)
+    return torch.stack([(part.label.reshape(-1, 1) == ids).sum(0) for part in parts]).sum(0)

@@ -400,7 +400,7 @@ class PAMR(_Refinement):
         self.aff_std = _LocalStDev(shared, _shift_kernel(keep_centre_tap=True))
 
     @property
-    def dilations(self) -> Sequence[int]:  # type: ignore[override]
+    def dilations(self) -> Sequence[int]:
         """Those of ``aff_x``, ``aff_m`` and ``aff_std``, where upstream keeps them; setting them sets all three."""
         x, m, std = (list(module.dilations) for module in (self.aff_x, self.aff_m, self.aff_std))
         if not x == m == std:
