@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -90,7 +90,10 @@ class Named:
     @property
     def missing(self) -> bool:
         """Whether its package is not installed."""
-        return self.module is not None and importlib.util.find_spec(self.module) is None
+        try:
+            return self.module is not None and not importlib.import_module(self.module)
+        except ImportError:
+            return True
 
 
 def _drop_in(module: torch.nn.Module) -> Method:
