@@ -153,11 +153,21 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--targets", nargs="+", default=TARGETS)
     parser.add_argument("--match", default="", help="only cases whose name contains this")
     parser.add_argument("--share", default="0/1", help="i/n: every n-th compilation, starting at i")
+    parser.add_argument("--each", action="store_true", help="one case a kernel, and report what does not compile")
     arguments = parser.parse_args(argv)
     index, count = map(int, arguments.share.split("/"))
-    work = [(c, t) for c in cases(arguments.match) for t in arguments.targets if c.every_target or t == TARGETS[0]]
+    listed = list(cases(arguments.match))
+    if arguments.each:  # the last one: the longest dilation list of those that are compiled for every target
+        listed = list({case.kernel: case for case in listed if case.every_target}.values())
+    work = [(c, t) for c in listed for t in arguments.targets if c.every_target or t == TARGETS[0]]
     for case, target in work[index::count]:
-        print(json.dumps(compile_case(case, target)), flush=True)
+        try:
+            report = compile_case(case, target)
+        except Exception as error:
+            if not arguments.each:
+                raise
+            report = {"case": case.name, "target": target, "error": f"{type(error).__name__}: {error}".splitlines()[-1]}
+        print(json.dumps(report), flush=True)
 
 
 if __name__ == "__main__":

@@ -10,15 +10,23 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from email.message import Message
 from email.parser import HeaderParser
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from dmsa_kernels import __version__
 
 ROOT = Path(__file__).parents[1]
-BASE = {"torch", "triton", "numpy"}
+BASE = {"torch", "numpy"}
+# What people have beside each other: PyTorch, the Triton that it brought, a NumPy of its time.
+INSTALLED = [
+    {"torch": "2.1.2", "triton": "2.1.0", "numpy": "1.26.4"},
+    {"torch": "2.4.1", "triton": "3.0.0", "numpy": "1.26.4"},
+    {"torch": "2.6.0", "triton": "3.2.0", "numpy": "2.1.3"},
+]
 BUILD = "from setuptools import build_meta as b; print(b.build_wheel('dist')); print(b.build_sdist('dist'))"
 
 
@@ -61,15 +69,47 @@ def test_wheel_has_the_packages_and_their_data_and_nothing_else(dist):
     assert any(name.startswith(f"{info}/") and name.endswith("LICENSE") for name in names)
 
 
-def test_base_install_needs_three_packages(dist):
+def metadata_of(dist: Path) -> Message:
     with wheel(dist) as archive:
         (path,) = (name for name in archive.namelist() if name.endswith("METADATA"))
-        metadata = HeaderParser().parsestr(archive.read(path).decode())
-    required = metadata.get_all("Requires-Dist")
-    base = {re.match(r"[\w.-]+", line).group() for line in required if "extra ==" not in line}
-    assert base == BASE
+        return HeaderParser().parsestr(archive.read(path).decode())
+
+
+def requirements(dist: Path, extra: str = "") -> list[Requirement]:
+    """What pip would resolve here: the base install's requirements, or with those of an extra."""
+    listed = [Requirement(line) for line in metadata_of(dist).get_all("Requires-Dist")]
+    return [r for r in listed if r.marker is None or r.marker.evaluate({"extra": extra})]
+
+
+def test_base_install_needs_two_packages(dist):
+    metadata = metadata_of(dist)
+    assert {requirement.name for requirement in requirements(dist)} == BASE
     assert set(metadata.get_all("Provides-Extra")) == {"train", "test", "bench"}
     assert metadata["License-Expression"] == "MIT"
+
+
+@pytest.mark.parametrize("installed", INSTALLED, ids=lambda installed: f"torch-{installed['torch']}")
+def test_installing_replaces_nothing(dist, installed):
+    """Every requirement is met by what is there, so that pip has nothing to fetch; triton is torch's business."""
+    for requirement in requirements(dist):
+        assert requirement.specifier.contains(installed[requirement.name]), str(requirement)
+    assert "triton" not in {requirement.name for requirement in requirements(dist)}
+
+
+def test_training_may_ask_for_more(dist):
+    (torch, *_) = (r for r in requirements(dist, "train") if r.name == "torch" and r.marker)
+    assert not torch.specifier.contains("2.6.0")
+    assert torch.specifier.contains("2.14.1")
+
+
+def test_the_kernels_are_python_3_9():
+    """Syntax and library use; ruff, whose target for this package is the same, sees the syntax."""
+    if importlib.util.find_spec("vermin") is None:
+        pytest.skip("vermin, which reads from sources what they need, is not installed (it comes with the extra test)")
+    main = "from vermin import main; main.main()"
+    command = [sys.executable, "-c", main, "--target=3.9-", "--violations", "--no-tips", "dmsa_kernels"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout
 
 
 def test_source_archive_can_build_the_same(dist):
