@@ -106,7 +106,7 @@ def test_the_kernels_are_python_3_9():
     """Syntax and library use; ruff, whose target for this package is the same, sees the syntax."""
     if importlib.util.find_spec("vermin") is None:
         pytest.skip("vermin, which reads from sources what they need, is not installed (it comes with the extra test)")
-    main = "from vermin import main; main.main()"
+    main = "from vermin import main; main()"
     command = [sys.executable, "-c", main, "--target=3.9-", "--violations", "--no-tips", "dmsa_kernels"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout
