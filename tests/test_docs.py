@@ -52,6 +52,8 @@ def test_links_and_named_files_exist(page):
 
 def commands(text: str) -> list[list[str]]:
     joined = "\n".join(blocks(text, "bash")).replace("\\\n", " ")
+    for name, value in re.findall(r'^(\w+)="(.*)"$', joined, re.M):
+        joined = joined.replace(f"${name}", value)
     return [shlex.split(line, comments=True) for line in joined.splitlines()]
 
 
