@@ -10,7 +10,7 @@ import contextlib
 import functools
 import importlib.metadata
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -134,3 +134,67 @@ def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
     if autocast_dtype(device_type) is None:
         return contextlib.nullcontext()
     return torch.autocast(device_type, enabled=False)
+
+
+def direct_launch(compiled: Any, grid: int) -> Callable[[int, tuple], None] | None:
+    """Return ``launch(stream, arguments)``, which repeats a launch of ``grid`` programs by Triton's C function.
+
+    Args:
+        compiled: what the first launch returned; None from the interpreter.
+        grid: programs.
+
+    Returns:
+        None where the C function's arguments are not known (before Triton 3.8, on ROCm), or the kernel needs more.
+    """
+    names = ("launch", "arg_annotations", "kernel_signature", "launch_cooperative_grid", "launch_pdl")
+    launcher = None if compiled is None or (triton_version() or OLDEST_TRITON) < (3, 8) else compiled.run
+    if not all(hasattr(launcher, name) for name in names):
+        return None
+    if any(getattr(launcher, name, 0) for name in ("global_scratch_size", "profile_scratch_size", "gsan_enabled")):
+        return None
+    launch, annotations, signature, cooperative, dependent = (getattr(launcher, name) for name in names)
+    function, metadata = compiled.function, compiled.packed_metadata
+
+    def by_c(stream: int, arguments: tuple) -> None:
+        # the Nones: launch metadata, hooks, scratch memory
+        launch(
+            *(grid, 1, 1, stream, function, cooperative, dependent, metadata),
+            *(None, None, None, None, None, annotations, signature, arguments),
+        )
+
+    return by_c
+
+
+def has_launch_hooks() -> bool:
+    """Return whether a profiler or the like wants to know of every launch."""
+    runtime = _knobs().runtime
+    hooks = (runtime.launch_enter_hook, runtime.launch_exit_hook)
+    return any(getattr(hook, "calls", hook is not None) for hook in hooks)
+
+
+def specialisation() -> object:
+    """Return the settings, beside the arguments, for which Triton's JIT compiles a kernel of its own."""
+    return _knobs().runtime.debug
+
+
+@contextlib.contextmanager
+def no_compilation(message: str) -> Iterator[None]:
+    """Raise ``RuntimeError(message)`` where Triton's JIT would compile a kernel."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError(message)
+
+    runtime = _knobs().runtime
+    before = runtime.jit_cache_hook
+    runtime.jit_cache_hook = refuse
+    try:
+        yield
+    finally:
+        runtime.jit_cache_hook = before
+
+
+@functools.cache
+def _knobs() -> Any:
+    import triton
+
+    return triton.knobs

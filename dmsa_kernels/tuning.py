@@ -1,17 +1,20 @@
 """Launch configurations: short lists, pruned by shape, measured only when asked.
 
-Each kernel has at most eight configurations. ``configs(kernel, ...)[0]`` is the default: it runs in the interpreter, in
-the tests, on a machine without a driver and whenever nothing was measured. Nothing is ever timed during an ordinary
-call, so calls stay free of synchronisation and can be captured in a CUDA graph; :func:`tune` (called by ``warmup``)
-times the candidates once and remembers the winner under a bucketed key that leaves the batch size out.
+Each kernel has at most eight configurations. ``configs(kernel, ...)[0]`` is the default whenever nothing was measured,
+except for the iterations of the propagation, whose tile follows from the map and the dilations (:func:`plan_step`).
+Nothing is ever timed during an ordinary call, so calls stay free of synchronisation and can be captured in a CUDA
+graph; :func:`tune` (called by ``warmup``) times the candidates once and remembers the winner under a bucketed key that
+leaves the batch size out.
 
 This module knows no Triton: a configuration is plain numbers, the launchers turn it into keyword arguments.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 __all__ = [
     "Config",
@@ -19,6 +22,7 @@ __all__ = [
     "bucket",
     "configs",
     "plan_chunks",
+    "plan_step",
     "plane_width",
     "prune",
     "remember",
@@ -27,8 +31,6 @@ __all__ = [
 ]
 
 MAX_CONFIGS = 8
-# Programs a propagation launch should have at least: three for each of the 132 multiprocessors of an H100 or H200.
-MIN_PROGRAMS = 396
 
 
 @dataclass(frozen=True)
@@ -51,17 +53,19 @@ class Config:
 
 
 # The first entry of each list is the default. One pixel a thread is the rule: a thread holds all P weights of its
-# pixels in registers. Larger tiles reread fewer halo pixels from L2.
+# pixels in registers. Larger tiles reread fewer halo pixels from L2; of many large dilations, wide tiles meet fewest.
 _CONFIGS: dict[str, tuple[Config, ...]] = {
     "propagate_fwd": (
         Config(8, 32, 8),
         Config(16, 32, 16),
-        Config(16, 16, 8),
-        Config(4, 32, 4),
-        Config(4, 64, 8),
+        Config(32, 32, 32),
         Config(8, 64, 16),
-        Config(16, 32, 8),
+        Config(4, 64, 8),
+        Config(2, 128, 8),
+        Config(1, 256, 8),
+        Config(16, 16, 8),
     ),
+    "propagate_bwd": (Config(8, 32, 8),),
     "local_affinity_fwd": (
         Config(4, 32, 4),
         Config(8, 32, 8),
@@ -70,11 +74,9 @@ _CONFIGS: dict[str, tuple[Config, ...]] = {
     ),
 }
 
-# Registers a thread needs beside its weights (addresses, accumulators, loads in flight) for planes of up to four
-# channels and of eight, read off the offline compiler's reports (benchmarks/NOTES.md).
-_REGISTERS_BESIDE_WEIGHTS = {1: 76, 2: 76, 4: 76, 8: 104}
-_REGISTERS_OF_A_MULTIPROCESSOR = 65536
-_REGISTERS_OF_A_THREAD = 255
+# The most weights a thread can hold beside planes of up to four channels and of eight, by the warps of a program: with
+# 16 it has 128 registers, with 32 it has 64. Read off the offline compiler (``python -m tests.offline``).
+_MOST_HELD = {16: {4: 48, 8: 32}, 32: {4: 16, 8: 8}}
 
 
 def prune(candidates: Iterable[Config], *, neighbours: int, width: int = 4) -> list[Config]:
@@ -86,22 +88,19 @@ def prune(candidates: Iterable[Config], *, neighbours: int, width: int = 4) -> l
         width: channels a thread works on at a time.
     """
     default, *others = candidates
-    kept = [default]
-    for config in others:
-        pixels = config.pixels / (32 * config.num_warps)
-        available = min(_REGISTERS_OF_A_THREAD, _REGISTERS_OF_A_MULTIPROCESSOR // (32 * config.num_warps))
-        if pixels <= 1 and config.num_warps <= default.num_warps:
-            kept.append(config)  # needs what the default needs
-        elif pixels * (neighbours + _REGISTERS_BESIDE_WEIGHTS[width]) <= available:
-            kept.append(config)
-    return kept
+
+    def fits(config: Config) -> bool:
+        most = _MOST_HELD.get(config.num_warps)
+        return most is None or neighbours <= most[8 if width == 8 else 4]
+
+    return [default, *(config for config in others if fits(config))]
 
 
 def configs(kernel: str, *, neighbours: int, width: int = 4) -> list[Config]:
     """Return the configurations worth trying for ``kernel``, the documented default first.
 
     Args:
-        kernel: ``"propagate_fwd"`` or ``"local_affinity_fwd"``.
+        kernel: ``"propagate_fwd"``, ``"propagate_bwd"`` or ``"local_affinity_fwd"``.
         neighbours: P, the number of neighbours (8 per dilation).
         width: channels a thread works on at a time.
 
@@ -119,6 +118,7 @@ def bucket(value: int) -> int:
 
 
 _CHOSEN: dict[Hashable, Config] = {}
+_version = 0
 
 
 def select(kernel: str, key: Hashable) -> Config:
@@ -128,7 +128,20 @@ def select(kernel: str, key: Hashable) -> Config:
 
 def remember(kernel: str, key: Hashable, config: Config) -> None:
     """Make :func:`select` return ``config`` for ``(kernel, key)`` from now on."""
+    global _version
     _CHOSEN[kernel, key] = config
+    _version += 1
+
+
+def _forget(kernel: str, key: Hashable) -> None:
+    global _version
+    _CHOSEN.pop((kernel, key), None)
+    _version += 1
+
+
+def version() -> int:
+    """Return a number that changes whenever :func:`select` may answer differently."""
+    return _version
 
 
 def tune(kernel: str, key: Hashable, measure: Callable[[Config], float], *, neighbours: int, width: int = 4) -> Config:
@@ -147,7 +160,7 @@ def tune(kernel: str, key: Hashable, measure: Callable[[Config], float], *, neig
     try:
         best = min(configs(kernel, neighbours=neighbours, width=width), key=measure)
     except BaseException:
-        _CHOSEN.pop((kernel, key), None)
+        _forget(kernel, key)
         raise
     remember(kernel, key, best)
     return best
@@ -169,10 +182,98 @@ def plane_width(channels: int, itemsize: int) -> int:
     return width
 
 
+# Of an H100 or H200; others have 68 (RTX 3080) to 304 (MI300X), and the plan below depends little on it.
+_MULTIPROCESSORS = 132
+# Bytes that a multiprocessor gets from its first-level cache while L2 delivers one: 128 a clock against an assumed 24.
+_L1_BYTES_PER_L2_BYTE = 128 / 24
+
+
+class Step(NamedTuple):
+    """How one iteration is launched.
+
+    Attributes:
+        config: the tile.
+        groups_each: channel groups that a program works through, one after another; it reads its weights once.
+    """
+
+    config: Config
+    groups_each: int
+
+
+@functools.lru_cache(maxsize=4096)
+def distinct_taps(dilations: tuple[int, ...], block_h: int, block_w: int) -> float:
+    """Return the different pixels that a tile's taps meet, a pixel of the tile: what L2 has to deliver of a plane."""
+    rows: dict[int, set[tuple[int, int]]] = {}
+    for dilation in dilations:
+        for dy in (-dilation, 0, dilation):
+            for dx in (-dilation, 0, dilation):
+                if dy or dx:
+                    for y in range(dy, dy + block_h):
+                        rows.setdefault(y, set()).add((dx, dx + block_w))
+    return sum(_length_of_union(spans) for spans in rows.values()) / (block_h * block_w)
+
+
+def _length_of_union(spans: Iterable[tuple[int, int]]) -> int:
+    length, end = 0, -(1 << 62)
+    for first, last in sorted(spans):
+        length += max(0, last - max(first, end))
+        end = max(end, last)
+    return length
+
+
+def plan_step(
+    kernel: str,
+    key: Hashable,
+    dilations: tuple[int, ...],
+    width: int,
+    count: int,
+    groups: int,
+    height: int,
+    columns: int,
+) -> Step:
+    """Return how to launch an iteration on ``count`` images ``[groups, height, columns, width]``.
+
+    Time is counted in waves of programs over the device. In each, a program reads its weights and works through its
+    groups, at the rate of the first-level cache or of L2, whichever is slower. Larger tiles meet fewer pixels twice but
+    leave more of a small map's border empty; more programs fill the last wave but read the weights again. The measured
+    configuration is taken where there is one.
+
+    Args:
+        kernel: ``"propagate_fwd"`` or ``"propagate_bwd"``.
+        key: the bucketed shape under which :func:`tune` keeps a configuration.
+        dilations: D dilations.
+        width: channels of a group.
+        count: images.
+        groups: channel groups of an image.
+        height: rows.
+        columns: columns.
+    """
+    neighbours = 8 * len(dilations)
+    measured = _CHOSEN.get((kernel, key))
+    candidates = [measured] if measured else configs(kernel, neighbours=neighbours, width=width)
+    best, least = None, float("inf")
+    for config in candidates:
+        if config.block_w < 32 and config != measured:
+            continue  # a warp's loads would be of several rows
+        tiles = count * -(-height // config.block_h) * -(-columns // config.block_w)
+        slots = _MULTIPROCESSORS * (32 if neighbours <= 16 else 16) // config.num_warps
+        from_l2 = min(distinct_taps(dilations, config.block_h, config.block_w), neighbours) + 1
+        a_group = max(neighbours, from_l2 * _L1_BYTES_PER_L2_BYTE)
+        weights = neighbours / width * _L1_BYTES_PER_L2_BYTE
+        for splits in range(1, min(groups, 8) + 1):
+            groups_each = -(-groups // splits)
+            waves = -(-tiles * -(-groups // groups_each) // slots)
+            time = waves * (groups_each * a_group + weights)
+            if time < least:
+                best, least = Step(config, groups_each), time
+    assert best is not None
+    return best
+
+
 # Half of the smallest data-centre L2 in use (A100: 40 MB, H100 and H200: 50 to 60 MB) when the device does not tell.
 _DEFAULT_L2_BYTES = 40 << 20
-# Below this many multiply-adds a launch is shorter than the time the host needs to issue the next one.
-_MIN_TAPS_OF_A_LAUNCH = 1 << 28
+# Taps of a launch that takes 16 us at an H100's first-level cache; the gap to the next one is about 1 us.
+_MIN_TAPS_OF_A_LAUNCH = 1 << 27
 
 
 def plan_chunks(
@@ -183,10 +284,11 @@ def plan_chunks(
     taps: int,
     l2_bytes: int = _DEFAULT_L2_BYTES,
 ) -> tuple[int, int]:
-    """Return ``(images, groups)`` worked through all T iterations before the next chunk starts.
+    """Return ``(images, groups)`` worked through all T iterations before the next chunk starts; chunks are even.
 
-    A chunk is as large as stays in the L2 cache with its weights and both ping-pong planes, but not so small that its
-    launches become host-bound, and its two buffers hold at most one copy of the masks (one group at the least).
+    A chunk that stays in the L2 cache with its weights and both ping-pong planes saves device memory's time. Where such
+    a chunk's launches would be short beside the gaps between them, chunks are as large as memory allows instead: the
+    weights are then read as seldom as possible. The two buffers hold one copy of large masks, to the next whole group.
 
     Args:
         batch: B, images.
@@ -199,18 +301,24 @@ def plan_chunks(
     if batch == 0 or groups == 0:
         return 1, 1
     budget = 3 * l2_bytes // 4
-    launchable = -(-_MIN_TAPS_OF_A_LAUNCH // max(1, taps))  # groups that fill a launch
-    resident = max(0, budget - weights_bytes) // (2 * group_bytes)
-    if resident == 0:  # the weights alone overflow the cache: read them as seldom as memory allows
-        resident = groups
-    chunk_groups = min(groups, max(resident, launchable))
-    images = 1
-    if chunk_groups == groups:
-        images = max(budget // (weights_bytes + 2 * groups * group_bytes), -(-launchable // groups), 1)
-    images = min(images, batch)
-    planes = max(budget, batch * groups * group_bytes) // (2 * group_bytes)  # one extra copy of large masks, no more
-    images = max(1, min(images, planes // chunk_groups))
-    return images, max(1, min(chunk_groups, planes // images))
+    planes = -(-max(budget, batch * groups * group_bytes) // (2 * group_bytes))  # one extra copy of large masks
+    images = budget // (weights_bytes + 2 * groups * group_bytes)
+    if images and min(images, batch) * groups * taps < _MIN_TAPS_OF_A_LAUNCH:
+        images = batch
+    if images == 0:
+        resident = max(0, budget - weights_bytes) // (2 * group_bytes)
+        if resident * taps >= _MIN_TAPS_OF_A_LAUNCH:
+            return 1, _even(groups, min(resident, planes))
+        images = batch
+    if planes < groups:
+        return 1, _even(groups, planes)
+    return _even(batch, min(images, planes // groups)), groups
+
+
+def _even(total: int, most: int) -> int:
+    """Return the size of the fewest parts of ``total`` that are about equal and not larger than ``most``."""
+    parts = -(-total // max(1, most))
+    return -(-total // parts)
 
 
 @dataclass(frozen=True)

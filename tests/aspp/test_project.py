@@ -114,6 +114,7 @@ def test_without_bias_and_offset_and_with_an_expanded_gradient(backend):
 def test_several_blocks_of_output_channels(monkeypatch):
     narrow = launch.ProjectPlan(block_p=32, block_c=16, block_o=16, num_warps=4)
     monkeypatch.setattr("dmsa_kernels.aspp.triton.project.project_plan", lambda *_: narrow)
+    plans.clear()
     check(make_all((2, 18, 7, 6), [1, 2], 35, layout="tokens"), [1, 2], "triton")
 
 

@@ -9,13 +9,21 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels' module 
 import pytest
 import torch
 
-from dmsa_kernels import DepthwiseASPP, multi_dilation_dwconv, why_not_triton
+from dmsa_kernels import DepthwiseASPP, multi_dilation_dwconv, plans, why_not_triton
 from dmsa_kernels.aspp import launch
 from tests.aspp.test_functional import REDUCTIONS, check, differentiate, make
 
 pytestmark = pytest.mark.skipif(
     why_not_triton(torch.zeros(1)) is not None, reason="needs Triton and TRITON_INTERPRET=1 before the first import"
 )
+
+
+@pytest.fixture(autouse=True)
+def fresh_plans():
+    """Trace anew in every test: some change what a plan is made of."""
+    plans.clear()
+    yield
+    plans.clear()
 
 
 @pytest.mark.parametrize(
@@ -56,6 +64,7 @@ def test_many_tiles_and_splits(monkeypatch, layout):
     small = launch.Plan(block_p=32, block_c=2, tiles=1, num_warps=4)
     monkeypatch.setattr("dmsa_kernels.aspp.triton.forward.gather_plan", lambda *_: small)
     monkeypatch.setattr("dmsa_kernels.aspp.triton.backward.weight_plan", lambda *_: small)
+    plans.clear()
     x, weight, bias = make((2, 3, 7, 9), [1, 4], layout=layout)
     check(x, weight, [1, 4], bias, "concat", "triton")
 
@@ -72,6 +81,7 @@ def test_wide_offsets_change_nothing(monkeypatch, layout):
     y, grads = run()
     monkeypatch.setattr("dmsa_kernels.aspp.triton.forward.needs_wide_offsets", lambda *_: True)
     monkeypatch.setattr("dmsa_kernels.aspp.triton.backward.needs_wide_offsets", lambda *_: True)
+    plans.clear()
     wide_y, wide_grads = run()
     assert torch.equal(y, wide_y)
     assert all(torch.equal(grads[name], wide_grads[name]) for name in grads)

@@ -10,7 +10,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels' modules are imported
 
-from dmsa_kernels import tuning, why_not_triton
+from dmsa_kernels import plans, tuning, why_not_triton
 from dmsa_kernels.refine import eager, reference
 from dmsa_kernels.refine.spec import LCM, PAMR, PAR, AffinitySpec
 
@@ -33,6 +33,14 @@ def kernels():
     from dmsa_kernels.refine.triton import affinity, backward, propagate
 
     return affinity, propagate, backward
+
+
+@pytest.fixture(autouse=True)
+def fresh_plans():
+    """Trace anew in every test: some change what a plan is made of."""
+    plans.clear()
+    yield
+    plans.clear()
 
 
 @pytest.fixture(autouse=True)
@@ -211,6 +219,7 @@ def test_chunks_are_exact(kernels, monkeypatch):
     masks = rand(3, 9, 6, 7, seed=1)
     whole = kernels[1].propagate(weights, masks, [1, 2], 2, None)
     monkeypatch.setattr(tuning, "plan_chunks", lambda *sizes: (2, 1))
+    plans.clear()
     assert torch.equal(kernels[1].propagate(weights, masks, [1, 2], 2, None), whole)
 
 
@@ -287,4 +296,5 @@ def test_wide_offsets_give_the_same_result(kernels, monkeypatch):
     narrow = run()
     for module in kernels:
         monkeypatch.setattr(module, "needs_int64", lambda *tensors: True)
+    plans.clear()
     assert all(torch.equal(a, b) for a, b in zip(narrow, run(), strict=True))

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dmsa_kernels.aspp.launch import weight_plan
+from dmsa_kernels import plans
+from dmsa_kernels.aspp.launch import Plan, weight_plan
 from dmsa_kernels.aspp.layout import empty_map, in_layout_of, is_channels_last
 from dmsa_kernels.aspp.triton.forward import (
     _inside,
@@ -186,51 +187,71 @@ def _parameter_gradients(
             weight.new_zeros((branches, channels) if need_bias else 0),
         )
     plan = weight_plan(batch, channels, height * width, branches, kernel_size, x.dtype, is_channels_last(x))
-    rows = _rows_of_a_program(kernel_size, need_weight)
-    blocks = triton.cdiv(channels, plan.block_c)
     splits = triton.cdiv(batch * triton.cdiv(height * width, plan.block_p), plan.tiles)
     partial_w = x.new_empty(
         (splits, branches, kernel_size, kernel_size, channels) if need_weight else 0, dtype=torch.float32
     )
     partial_bias = x.new_empty((splits, branches, channels) if need_bias else 0, dtype=torch.float32)
-    farthest = max(height, width)
-    dwconv_bwd_w_kernel[(splits * blocks * branches * (kernel_size // rows),)](
-        grad,
-        x,
-        partial_w,
-        partial_bias,
-        launch_dilations(dilations, farthest),
-        batch,
-        channels,
-        height,
-        width,
-        plan.tiles,
-        grad.stride(0),
-        branch_stride,
-        grad.stride(1),
-        grad.stride(2),
-        grad.stride(3),
-        x.stride(0),
-        x.stride(1),
-        x.stride(2),
-        x.stride(3),
-        R=branches,
-        K=kernel_size,
-        ROWS=rows,
-        NEED_WEIGHT=need_weight,
-        NEED_BIAS=need_bias,
-        FULL_C=channels % plan.block_c == 0,
-        WIDE=needs_wide_offsets(x, 0, grad, branch_stride, branches, farthest),
-        BLOCK_P=plan.block_p,
-        BLOCK_C=plan.block_c,
-        num_warps=plan.num_warps,
-    )
+    launched = launch_dilations(dilations, max(height, width))
+    tensors = (grad, x, partial_w if need_weight else None, partial_bias if need_bias else None)
+    plans.run(_weight_schedule, tensors, plan, branch_stride, launched, kernel_size)
     grad_weight, grad_bias = weight.new_empty(0), weight.new_empty(0)
     if need_weight:
         grad_weight = partial_w.sum(0, dtype=torch.float64).permute(0, 3, 1, 2).to(weight.dtype).contiguous()
     if need_bias:
         grad_bias = partial_bias.sum(0, dtype=torch.float64).to(weight.dtype)
     return grad_weight, grad_bias
+
+
+def _weight_schedule(
+    trace: plans.Trace,
+    grad: Tensor,
+    x: Tensor,
+    partial_w: Tensor | None,
+    partial_bias: Tensor | None,
+    plan: Plan,
+    branch_stride: int,
+    launched_dilations: tuple[int, ...],
+    kernel_size: int,
+) -> None:
+    batch, channels, height, width = x.shape
+    branches = len(launched_dilations)
+    rows = _rows_of_a_program(kernel_size, partial_w is not None)
+    splits = triton.cdiv(batch * triton.cdiv(height * width, plan.block_p), plan.tiles)
+    blocks = triton.cdiv(channels, plan.block_c)
+    trace.launch(
+        dwconv_bwd_w_kernel,
+        splits * blocks * branches * (kernel_size // rows),
+        num_warps=plan.num_warps,
+        grad_ptr=grad,
+        x_ptr=x,
+        grad_w_ptr=grad if partial_w is None else partial_w,
+        grad_bias_ptr=grad if partial_bias is None else partial_bias,
+        dilations=launched_dilations,
+        batch=batch,
+        channels=channels,
+        height=height,
+        width=width,
+        tiles_each=plan.tiles,
+        stride_grad_b=grad.stride(0),
+        stride_grad_r=branch_stride,
+        stride_grad_c=grad.stride(1),
+        stride_grad_h=grad.stride(2),
+        stride_grad_w=grad.stride(3),
+        stride_x_b=x.stride(0),
+        stride_x_c=x.stride(1),
+        stride_x_h=x.stride(2),
+        stride_x_w=x.stride(3),
+        R=branches,
+        K=kernel_size,
+        ROWS=rows,
+        NEED_WEIGHT=partial_w is not None,
+        NEED_BIAS=partial_bias is not None,
+        FULL_C=channels % plan.block_c == 0,
+        WIDE=needs_wide_offsets(x, 0, grad, branch_stride, branches, max(height, width)),
+        BLOCK_P=plan.block_p,
+        BLOCK_C=plan.block_c,
+    )
 
 
 def _rows_of_a_program(kernel_size: int, need_weight: bool) -> int:

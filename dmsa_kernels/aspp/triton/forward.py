@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dmsa_kernels import plans
 from dmsa_kernels.aspp.launch import gather_plan
 from dmsa_kernels.aspp.layout import empty_map, is_channels_last
 from dmsa_kernels.tuning import OfflineCase
@@ -378,39 +379,56 @@ def launch_gather(
         out: the first branch's output, the shape of the source.
         out_branch_stride: elements from one branch's output to the next, 0 to sum the branches up.
     """
+    if out.numel():
+        tensors = (source, filters, None if bias is None else bias.contiguous(), out)
+        launched = launch_dilations(dilations, max(out.shape[2:]))
+        plans.run(_gather_schedule, tensors, source_branch_stride, launched, out_branch_stride)
+
+
+def _gather_schedule(
+    trace: plans.Trace,
+    source: Tensor,
+    filters: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    source_branch_stride: int,
+    launched_dilations: tuple[int, ...],
+    out_branch_stride: int,
+) -> None:
     branches, kernel_size, _, channels = filters.shape
     batch, _, height, width = out.shape
-    if out.numel() == 0:
-        return
     channels_last = is_channels_last(out)
     plan = gather_plan(batch, channels, height * width, kernel_size, out.dtype, channels_last)
     blocks = triton.cdiv(channels, plan.block_c)
     bands = triton.cdiv(height * width, plan.block_p * plan.tiles)
-    farthest = max(height, width)
-    dwconv_fwd_kernel[(batch * blocks * bands,)](
-        source,
-        filters,
-        None if bias is None else bias.contiguous(),
-        out,
-        launch_dilations(dilations, farthest),
-        channels,
-        height,
-        width,
-        bands,
-        plan.tiles,
-        filters.stride(2),
-        filters.stride(3),
-        0,
-        source.stride(0),
-        source_branch_stride,
-        source.stride(1),
-        source.stride(2),
-        source.stride(3),
-        out.stride(0),
-        out_branch_stride,
-        out.stride(1),
-        out.stride(2),
-        out.stride(3),
+    wide = needs_wide_offsets(source, source_branch_stride, out, out_branch_stride, branches, max(height, width))
+    trace.launch(
+        dwconv_fwd_kernel,
+        batch * blocks * bands,
+        num_warps=plan.num_warps,
+        x_ptr=source,
+        w_ptr=filters,
+        bias_ptr=filters if bias is None else bias,
+        y_ptr=out,
+        dilations=launched_dilations,
+        channels=channels,
+        height=height,
+        width=width,
+        bands=bands,
+        tiles=plan.tiles,
+        stride_w_tap=filters.stride(2),
+        stride_w_c=filters.stride(3),
+        stride_w_tile=0,
+        stride_x_b=source.stride(0),
+        stride_x_r=source_branch_stride,
+        stride_x_c=source.stride(1),
+        stride_x_h=source.stride(2),
+        stride_x_w=source.stride(3),
+        stride_y_b=out.stride(0),
+        stride_y_r=out_branch_stride,
+        stride_y_c=out.stride(1),
+        stride_y_h=out.stride(2),
+        stride_y_w=out.stride(3),
         R=branches,
         K=kernel_size,
         SUM=out_branch_stride == 0,
@@ -418,10 +436,9 @@ def launch_gather(
         HAS_BIAS=bias is not None,
         CHANNELS_FASTEST=channels_last,
         FULL_C=channels % plan.block_c == 0,
-        WIDE=needs_wide_offsets(source, source_branch_stride, out, out_branch_stride, branches, farthest),
+        WIDE=wide,
         BLOCK_P=plan.block_p,
         BLOCK_C=plan.block_c,
-        num_warps=plan.num_warps,
     )
 
 

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dmsa_kernels import plans
 from dmsa_kernels.aspp.launch import project_plan
 from dmsa_kernels.aspp.layout import empty_map, is_channels_last
 from dmsa_kernels.aspp.triton.forward import (
@@ -132,51 +133,73 @@ def fused_dwconv_project(
     x: Tensor, weight: Tensor, bias: Tensor | None, projection: Tensor, offset: Tensor | None, dilations: Sequence[int]
 ) -> Tensor:
     """Compute ``[B, O, H, W]`` from ``x [B, C, H, W]``, in one launch."""
-    branches, channels, kernel_size, _ = weight.shape
-    out_channels = projection.shape[0]
-    batch, _, height, width = x.shape
-    out = empty_map(x, out_channels)
+    out = empty_map(x, projection.shape[0])
     if out.numel() == 0:
         return out
-    plan = project_plan(out_channels, x.dtype, is_channels_last(x))
-    bands = triton.cdiv(height * width, plan.block_p)
-    farthest = max(height, width)
-    dwconv_project_fwd_kernel[(batch * bands * triton.cdiv(out_channels, plan.block_o),)](
+    tensors = (
         x,
         tap_major(weight, True),
         None if bias is None else bias.contiguous(),
         projection.t().contiguous(),
         None if offset is None else offset.contiguous(),
         out,
-        launch_dilations(dilations, farthest),
-        channels,
-        out_channels,
-        height,
-        width,
-        bands,
-        x.stride(0),
-        x.stride(1),
-        x.stride(2),
-        x.stride(3),
-        out.stride(0),
-        out.stride(1),
-        out.stride(2),
-        out.stride(3),
+    )
+    plans.run(_project_schedule, tensors, launch_dilations(dilations, max(x.shape[2:])))
+    return out
+
+
+def _project_schedule(
+    trace: plans.Trace,
+    x: Tensor,
+    filters: Tensor,
+    bias: Tensor | None,
+    projection: Tensor,
+    offset: Tensor | None,
+    out: Tensor,
+    launched_dilations: tuple[int, ...],
+) -> None:
+    branches, kernel_size, _, channels = filters.shape
+    batch, out_channels, height, width = out.shape
+    plan = project_plan(out_channels, x.dtype, is_channels_last(x))
+    bands = triton.cdiv(height * width, plan.block_p)
+    wide = needs_wide_offsets(x, 0, out, 0, 1, max(height, width))
+    trace.launch(
+        dwconv_project_fwd_kernel,
+        batch * bands * triton.cdiv(out_channels, plan.block_o),
+        num_warps=plan.num_warps,
+        x_ptr=x,
+        w_ptr=filters,
+        bias_ptr=filters if bias is None else bias,
+        projection_ptr=projection,
+        offset_ptr=filters if offset is None else offset,
+        y_ptr=out,
+        dilations=launched_dilations,
+        channels=channels,
+        out_channels=out_channels,
+        height=height,
+        width=width,
+        bands=bands,
+        stride_x_b=x.stride(0),
+        stride_x_c=x.stride(1),
+        stride_x_h=x.stride(2),
+        stride_x_w=x.stride(3),
+        stride_y_b=out.stride(0),
+        stride_y_c=out.stride(1),
+        stride_y_h=out.stride(2),
+        stride_y_w=out.stride(3),
         R=branches,
         K=kernel_size,
         HAS_BIAS=bias is not None,
         HAS_OFFSET=offset is not None,
         FULL_C=channels % plan.block_c == 0,
-        WIDE=needs_wide_offsets(x, 0, out, 0, 1, farthest) or projection.numel() > torch.iinfo(torch.int32).max,
+        WIDE=wide or projection.numel() > torch.iinfo(torch.int32).max,
         # The interpreter would multiply the bit patterns of bfloat16; widened, the products are exact as on a GPU.
-        WIDEN=x.device.type == "cpu" and x.dtype == torch.bfloat16,
+        WIDEN=trace.device.type == "cpu" and x.dtype == torch.bfloat16,
         BLOCKS_C=triton.cdiv(channels, plan.block_c),
         BLOCK_P=plan.block_p,
         BLOCK_C=plan.block_c,
         BLOCK_O=plan.block_o,
-        num_warps=plan.num_warps,
     )
-    return out
 
 
 def offline_cases() -> Iterator[OfflineCase]:

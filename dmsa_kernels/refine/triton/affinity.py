@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dmsa_kernels import tuning
+from dmsa_kernels import plans, tuning
 from dmsa_kernels.refine.spec import position_vector
-from dmsa_kernels.refine.triton.common import LAUNCH, OFFLINE_DILATIONS, device_guard, needs_int64
+from dmsa_kernels.refine.triton.common import LAUNCH, OFFLINE_DILATIONS, needs_int64
 
 # Image channels one launch takes; more are summed over several launches.
 MAX_CHANNELS = 4
@@ -183,51 +183,73 @@ def local_affinity(
         ``[B, P, H, W]`` contiguous, float32 (float16 if ``fast``).
     """
     dilations = tuple(int(d) for d in dilations)
+    batch, _, height, width = image.shape
+    dtype = torch.float16 if fast else torch.float32
+    weights = image.new_empty((batch, 8 * len(dilations), height, width), dtype=dtype)
+    if weights.numel():
+        spec = (int(exponent), float(alpha), sigma, float(eps), float(position_weight))
+        plans.run(schedule, (image, weights), dilations, *spec)
+    return weights
+
+
+def schedule(
+    trace: plans.Trace,
+    image: Tensor,
+    weights: Tensor,
+    dilations: tuple[int, ...],
+    exponent: int,
+    alpha: float,
+    sigma: str,
+    eps: float,
+    position_weight: float,
+) -> None:
+    """Write down the launches of :func:`local_affinity`."""
     batch, channels, height, width = image.shape
-    neighbours = 8 * len(dilations)
-    weights = image.new_empty((batch, neighbours, height, width), dtype=torch.float16 if fast else torch.float32)
-    if weights.numel() == 0:
-        return weights
     position = tuple(position_vector(dilations, alpha, eps, position_weight)) if position_weight else ()
     starts = range(0, channels, MAX_CHANNELS)
     # float32 scores are summed in place when the weights can hold them
-    partial = weights if not fast or len(starts) == 1 else torch.empty_like(weights, dtype=torch.float32)
-    config = tuning.select("local_affinity_fwd", tuning_key(neighbours, height * width))
+    in_place = weights.dtype == torch.float32 or len(starts) == 1
+    partial = weights if in_place else trace.empty(weights.shape, torch.float32)
+    config = tuning.select("local_affinity_fwd", tuning_key(weights.shape[1], height * width))
     tiles_w = triton.cdiv(width, config.block_w)
     tiles = tiles_w * triton.cdiv(height, config.block_h)
-    with device_guard(image):
-        for start in starts:
-            part = image[:, start : start + MAX_CHANNELS]
-            last = start == starts[-1]
-            local_affinity_fwd_kernel[(batch * tiles,)](
-                image_ptr=part,
-                partial_ptr=partial,
-                weights_ptr=weights,
-                height=height,
-                width=width,
-                tiles_w=tiles_w,
-                tiles=tiles,
-                stride_image_n=part.stride(0),
-                stride_image_c=part.stride(1),
-                stride_image_h=part.stride(2),
-                stride_image_w=part.stride(3),
-                alpha=float(alpha),
-                eps=float(eps),
-                inverse_channels=1.0 / channels,
-                DILATIONS=dilations,
-                POSITION=position,
-                EXPONENT=int(exponent),
-                SIGMA=sigma,
-                CHANNELS=part.shape[1],
-                READ_PARTIAL=start > 0,
-                WRITE_PARTIAL=not last,
-                INT64=needs_int64(part, weights),
-                BLOCK_H=config.block_h,
-                BLOCK_W=config.block_w,
-                num_warps=config.num_warps,
-                **LAUNCH,
-            )
-    return weights
+    for start in starts:
+        part = image[:, start : start + MAX_CHANNELS]
+        trace.launch(
+            local_affinity_fwd_kernel,
+            batch * tiles,
+            num_warps=num_warps(config, weights.shape[1], part.shape[1]),
+            options=LAUNCH,
+            image_ptr=part,
+            partial_ptr=partial,
+            weights_ptr=weights,
+            height=height,
+            width=width,
+            tiles_w=tiles_w,
+            tiles=tiles,
+            stride_image_n=part.stride(0),
+            stride_image_c=part.stride(1),
+            stride_image_h=part.stride(2),
+            stride_image_w=part.stride(3),
+            alpha=alpha,
+            eps=eps,
+            inverse_channels=1.0 / channels,
+            DILATIONS=dilations,
+            POSITION=position,
+            EXPONENT=exponent,
+            SIGMA=sigma,
+            CHANNELS=part.shape[1],
+            READ_PARTIAL=start > 0,
+            WRITE_PARTIAL=start != starts[-1],
+            INT64=needs_int64(part, weights),
+            BLOCK_H=config.block_h,
+            BLOCK_W=config.block_w,
+        )
+
+
+def num_warps(config: tuning.Config, neighbours: int, channels: int) -> int:
+    """Return the warps of a tile: two threads share a pixel whose samples and scores would spill from one."""
+    return config.num_warps * (2 if neighbours > 48 or (neighbours > 40 and channels > 3) else 1)
 
 
 def tuning_key(neighbours: int, pixels: int) -> tuple[int, int]:

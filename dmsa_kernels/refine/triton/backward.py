@@ -8,6 +8,7 @@ outside beyond them; ``propagate_bwd_border_kernel`` sums these along the four e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -15,47 +16,55 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dmsa_kernels import tuning
+from dmsa_kernels import plans, tuning
 from dmsa_kernels.refine.triton import affinity, propagate
 from dmsa_kernels.refine.triton.affinity import neighbourhood
-from dmsa_kernels.refine.triton.common import LAUNCH, OFFLINE_DILATIONS, device_guard, needs_int64
+from dmsa_kernels.refine.triton.common import LAUNCH, OFFLINE_DILATIONS, needs_int64
 
 # Pixels along an edge, and of a tile, that one program owns.
 BLOCK_EDGE = 32
 TILE = (4, 32)
 
 
-@triton.jit(do_not_specialize=["groups", "length", "depth", "step_along", "step_across", "blocks", "stride_weights_n"])
+@triton.jit(
+    do_not_specialize=["groups", "height", "width", "blocks_row", "blocks_column", "row_programs", "stride_weights_n"]
+)
 def propagate_bwd_border_kernel(
     planes_ptr,  # [n, groups, H, W, BLOCK_C]: the incoming gradient
     weights_ptr,  # [n, P, H, W]
-    out_ptr,  # [n, groups, 2, length, BLOCK_C] fp32: the first and the last line of pixels
+    rows_ptr,  # [n, groups, 2, W, BLOCK_C] fp32: the top and the bottom row of pixels
+    columns_ptr,  # [n, groups, 2, H, BLOCK_C] fp32: the left and the right column
     groups,
-    length,  # pixels along the edge
-    depth,  # pixels across it
-    step_along,  # from a pixel to the next along the edge, in pixels
-    step_across,
-    blocks,
+    height,
+    width,
+    blocks_row,  # of a row
+    blocks_column,
+    row_programs,  # the first programs sum the rows, the others the columns
     stride_weights_n,
     DILATIONS: tl.constexpr,
-    ROWS: tl.constexpr,  # the edges are the top and bottom rows, else the left and right columns
     INT64: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Sum what clamping across an edge adds to its pixels; the rows include what clamping both ways adds to corners."""
-    i_block = tl.program_id(0) % blocks
-    i_side = (tl.program_id(0) // blocks) % 2
-    i_group = (tl.program_id(0) // (2 * blocks)) % groups
-    i_n = tl.program_id(0) // (2 * blocks * groups)
+    by_rows = tl.program_id(0) < row_programs
+    program = tl.where(by_rows, tl.program_id(0), tl.program_id(0) - row_programs)
+    blocks = tl.where(by_rows, blocks_row, blocks_column)
+    i_block = program % blocks
+    i_side = (program // blocks) % 2
+    i_group = (program // (2 * blocks)) % groups
+    i_n = program // (2 * blocks * groups)
     if INT64:
         i_n = i_n.to(tl.int64)
         i_block = i_block.to(tl.int64)
-        length = length.to(tl.int64)
-        depth = depth.to(tl.int64)
-        step_along = step_along.to(tl.int64)
-        step_across = step_across.to(tl.int64)
-    plane = length * depth
+        height = height.to(tl.int64)
+        width = width.to(tl.int64)
+    # pixels along and across the edge, and from a pixel to the next along and across it
+    length = tl.where(by_rows, width, height)
+    depth = tl.where(by_rows, height, width)
+    step_along = tl.where(by_rows, 1, width)
+    step_across = tl.where(by_rows, width, 1)
+    plane = height * width
     o_along = i_block * BLOCK + tl.arange(0, BLOCK)
     o_lane = tl.arange(0, BLOCK_C)
     p_weights = weights_ptr + i_n * stride_weights_n
@@ -70,7 +79,9 @@ def propagate_bwd_border_kernel(
             o_line = tl.where(i_side == 0, r, depth - 1 - r) * step_across
             for s in tl.static_range(3):
                 # neighbour (side, s - 1) of a row edge, (s - 1, side) of a column edge, in row-major order
-                tap = tl.where(i_side == 0, s, 5 + s) if ROWS else tl.where(i_side == 0, (0, 3, 5)[s], (2, 4, 7)[s])
+                row_tap = tl.where(i_side == 0, s, 5 + s)
+                column_tap = tl.where(i_side == 0, (0, 3, 5)[s], (2, 4, 7)[s])
+                tap = tl.where(by_rows, row_tap, column_tap)
                 o_q = o_along - (s - 1) * DILATIONS[i]
                 m_q = (o_q >= 0) & (o_q < length)
                 o_pixel = o_line + o_q * step_along
@@ -82,8 +93,10 @@ def propagate_bwd_border_kernel(
                 acc = tl.fma(tl.broadcast_to(w[:, None], [BLOCK, BLOCK_C]), g, acc)
             r += 1
 
-    if ROWS:
-        for end in tl.static_range(2):
+    if by_rows:
+        # both ends of the row, one after the other: the loop is not unrolled
+        end = 0
+        while end < 2:
             corner = end * (length - 1)
             if (corner >= i_block * BLOCK) & (corner < (i_block + 1) * BLOCK):
                 total = tl.zeros([BLOCK, BLOCK_C], dtype=tl.float32)
@@ -106,24 +119,34 @@ def propagate_bwd_border_kernel(
                             start += BLOCK
                         r += 1
                 acc += tl.where((o_along == corner)[:, None], tl.sum(total, axis=0)[None, :], 0.0)
+            end += 1
 
-    p_out = out_ptr + (((i_n * groups + i_group) * 2 + i_side) * length + o_along)[:, None] * BLOCK_C + o_lane[None, :]
-    tl.store(p_out, acc, mask=(o_along < length)[:, None])
+    o_out = (((i_n * groups + i_group) * 2 + i_side) * length + o_along)[:, None] * BLOCK_C + o_lane[None, :]
+    m_out = (o_along < length)[:, None]
+    if by_rows:
+        tl.store(rows_ptr + o_out, acc, mask=m_out)
+    else:
+        tl.store(columns_ptr + o_out, acc, mask=m_out)
 
 
-@triton.jit(do_not_specialize=["images", "groups", "times", "height", "width", "tiles_w", "tiles"])
+@triton.jit(do_not_specialize=["channels", "groups", "times", "height", "width", "tiles_w", "tiles", "stride_time"])
 def propagate_bwd_weights_kernel(
     masks_ptr,  # [T, n, groups, H, W, BLOCK_C]: planes before each iteration
     grads_ptr,  # [T, n, groups, H, W, BLOCK_C]: gradient after each iteration
     out_ptr,  # [n, P, H, W] fp32
-    images,
+    valid_ptr,  # [n, C] uint8, 0 or 1
+    channels,
     groups,
     times,
     height,
     width,
     tiles_w,
     tiles,
+    stride_time,
+    stride_valid_n,
+    stride_valid_c,
     DILATIONS: tl.constexpr,
+    HAS_VALID: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     INT64: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -138,7 +161,7 @@ def propagate_bwd_weights_kernel(
     i_n = tl.program_id(0) // (tiles * D)
     if INT64:
         i_n = i_n.to(tl.int64)
-        images = images.to(tl.int64)
+        stride_time = stride_time.to(tl.int64)
         height = height.to(tl.int64)
         width = width.to(tl.int64)
     dilation = 0
@@ -159,14 +182,21 @@ def propagate_bwd_weights_kernel(
     x_p = tl.minimum(o_x + dilation, width - 1)
     zero = tl.zeros([PIXELS, BLOCK_C], dtype=tl.float32)
     a_0, a_1, a_2, a_3, a_4, a_5, a_6, a_7 = zero, zero, zero, zero, zero, zero, zero, zero
-    t = 0
-    while t < times:
-        i_group = 0
-        while i_group < groups:
-            base = ((t * images + i_n) * groups + i_group) * plane
+    i_group = 0
+    while i_group < groups:
+        some = 1
+        if HAS_VALID:
+            # groups without a valid channel are never written
+            o_c = i_group * BLOCK_C + o_lane
+            p_valid = valid_ptr + i_n * stride_valid_n + o_c * stride_valid_c
+            some = tl.max(tl.load(p_valid, mask=o_c < channels, other=0).to(tl.int32), axis=0)
+        t = 0
+        while t < times * some:
+            base = (i_n * groups + i_group) * plane
             # [PIXELS, BLOCK_C]
-            g = tl.load(grads_ptr + ((base + y_0 + x_0) * BLOCK_C)[:, None] + o_lane[None, :])
-            p_masks = masks_ptr + o_lane[None, :]
+            p_grads = grads_ptr + t * stride_time + o_lane[None, :]
+            p_masks = masks_ptr + t * stride_time + o_lane[None, :]
+            g = tl.load(p_grads + ((base + y_0 + x_0) * BLOCK_C)[:, None])
             a_0 = tl.fma(g, tl.load(p_masks + ((base + y_m + x_m) * BLOCK_C)[:, None]), a_0)
             a_1 = tl.fma(g, tl.load(p_masks + ((base + y_m + x_0) * BLOCK_C)[:, None]), a_1)
             a_2 = tl.fma(g, tl.load(p_masks + ((base + y_m + x_p) * BLOCK_C)[:, None]), a_2)
@@ -175,8 +205,8 @@ def propagate_bwd_weights_kernel(
             a_5 = tl.fma(g, tl.load(p_masks + ((base + y_p + x_m) * BLOCK_C)[:, None]), a_5)
             a_6 = tl.fma(g, tl.load(p_masks + ((base + y_p + x_0) * BLOCK_C)[:, None]), a_6)
             a_7 = tl.fma(g, tl.load(p_masks + ((base + y_p + x_p) * BLOCK_C)[:, None]), a_7)
-            i_group += 1
-        t += 1
+            t += 1
+        i_group += 1
     sums = (a_0, a_1, a_2, a_3, a_4, a_5, a_6, a_7)
     p_out = out_ptr + (i_n * 8 * D + i_d * 8) * plane + o_y * width + o_x
     for j in tl.static_range(8):
@@ -185,6 +215,95 @@ def propagate_bwd_weights_kernel(
         if ACCUMULATE:
             total += tl.load(p_out + j * plane, mask=m_pixel, other=0.0)
         tl.store(p_out + j * plane, total, mask=m_pixel)
+
+
+@triton.jit(do_not_specialize=["groups", "plane", "blocks"])
+def propagate_bwd_anchor_kernel(
+    grads_ptr,  # [n, groups, H, W, BLOCK_C] fp32: the gradient after an iteration, overwritten
+    total_ptr,  # like grads_ptr: the sum of these gradients
+    anchor_ptr,  # [n, H, W] fp32
+    groups,
+    plane,
+    blocks,
+    STEP: tl.constexpr,  # "first": the total begins; "next": it goes on; "last": it joins the first masks' gradient
+    INT64: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """``total += g``, ``g <- (1 - anchor) g``; in the end ``g += anchor total``."""
+    i_block = tl.program_id(0) % blocks
+    i_group = (tl.program_id(0) // blocks) % groups
+    i_n = tl.program_id(0) // (blocks * groups)
+    if INT64:
+        i_n = i_n.to(tl.int64)
+        i_block = i_block.to(tl.int64)
+        plane = plane.to(tl.int64)
+    o_pixel = i_block * BLOCK + tl.arange(0, BLOCK)
+    m_pixel = o_pixel < plane
+    o_planes = (((i_n * groups + i_group) * plane + o_pixel) * BLOCK_C)[:, None] + tl.arange(0, BLOCK_C)[None, :]
+    # [BLOCK]
+    anchor = tl.load(anchor_ptr + i_n * plane + o_pixel, mask=m_pixel, other=0.0)
+    # [BLOCK, BLOCK_C]
+    g = tl.load(grads_ptr + o_planes, mask=m_pixel[:, None], other=0.0)
+    if STEP == "last":
+        total = tl.load(total_ptr + o_planes, mask=m_pixel[:, None], other=0.0)
+        g += anchor[:, None] * total
+    else:
+        total = g
+        if STEP == "next":
+            total += tl.load(total_ptr + o_planes, mask=m_pixel[:, None], other=0.0)
+        tl.store(total_ptr + o_planes, total, mask=m_pixel[:, None])
+        g *= (1 - anchor)[:, None]
+    tl.store(grads_ptr + o_planes, g, mask=m_pixel[:, None])
+
+
+@triton.jit(do_not_specialize=["channels", "groups", "plane", "blocks"])
+def propagate_bwd_anchor_sum_kernel(
+    total_ptr,  # [n, groups, H, W, BLOCK_C] fp32
+    first_ptr,  # like total_ptr: the first masks
+    out_ptr,  # [n, H, W] fp32
+    valid_ptr,  # [n, C] uint8, 0 or 1
+    channels,
+    groups,
+    plane,
+    blocks,
+    stride_valid_n,
+    stride_valid_c,
+    HAS_VALID: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    INT64: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """``out(q) (+)= sum_c total(q, c) first(q, c)``: what the anchor's gradient owes to the first masks."""
+    i_block = tl.program_id(0) % blocks
+    i_n = tl.program_id(0) // blocks
+    if INT64:
+        i_n = i_n.to(tl.int64)
+        i_block = i_block.to(tl.int64)
+        plane = plane.to(tl.int64)
+    o_pixel = i_block * BLOCK + tl.arange(0, BLOCK)
+    o_lane = tl.arange(0, BLOCK_C)
+    m_pixel = o_pixel < plane
+    acc = tl.zeros([BLOCK, BLOCK_C], dtype=tl.float32)
+    i_group = 0
+    while i_group < groups:
+        o_c = i_group * BLOCK_C + o_lane
+        m_c = o_c < channels
+        if HAS_VALID:
+            # [BLOCK_C]
+            m_c = m_c & (tl.load(valid_ptr + i_n * stride_valid_n + o_c * stride_valid_c, mask=m_c, other=0) != 0)
+        o_planes = (((i_n * groups + i_group) * plane + o_pixel) * BLOCK_C)[:, None] + o_lane[None, :]
+        m_planes = m_pixel[:, None] & m_c[None, :]
+        # [BLOCK, BLOCK_C]
+        total = tl.load(total_ptr + o_planes, mask=m_planes, other=0.0)
+        acc = tl.fma(total, tl.load(first_ptr + o_planes, mask=m_planes, other=0.0), acc)
+        i_group += 1
+    p_out = out_ptr + i_n * plane + o_pixel
+    summed = tl.sum(acc, axis=1)
+    if ACCUMULATE:
+        summed += tl.load(p_out, mask=m_pixel, other=0.0)
+    tl.store(p_out, summed, mask=m_pixel)
 
 
 @triton.jit
@@ -307,46 +426,69 @@ def affinity_warps(dilations: tuple[int, ...]) -> int:
     return 8 if len(dilations) > 3 else 4
 
 
-def borders(planes: Tensor, weights: Tensor, dilations: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Return what clamping adds to border pixels: rows ``[n, groups, 2, W, width]`` and columns ``[..., H, width]``.
+def transpose(
+    trace: plans.Trace,
+    planes: Tensor,
+    weights: Tensor,
+    out: Tensor,
+    dilations: tuple[int, ...],
+    channels: int,
+    valid: Tensor | None,
+    borders: tuple[Tensor, Tensor],
+) -> None:
+    """Launch one transposed iteration from ``planes`` into ``out``, both ``[n, groups, H, W, width]`` fp32.
+
+    Args:
+        borders: buffers of :func:`border_buffers`.
+    """
+    count, groups, rows, columns, width = planes.shape
+    blocks_row, blocks_column = triton.cdiv(columns, BLOCK_EDGE), triton.cdiv(rows, BLOCK_EDGE)
+    row_programs = count * groups * 2 * blocks_row
+    trace.launch(
+        propagate_bwd_border_kernel,
+        row_programs + count * groups * 2 * blocks_column,
+        num_warps=1,
+        options=LAUNCH,
+        planes_ptr=planes,
+        weights_ptr=weights,
+        rows_ptr=borders[0],
+        columns_ptr=borders[1],
+        groups=groups,
+        height=rows,
+        width=columns,
+        blocks_row=blocks_row,
+        blocks_column=blocks_column,
+        row_programs=row_programs,
+        stride_weights_n=weights.stride(0),
+        DILATIONS=dilations,
+        INT64=needs_int64(planes, weights),
+        BLOCK_C=width,
+        BLOCK=BLOCK_EDGE,
+    )
+    propagate.step(trace, planes, weights, out, dilations, channels, valid, borders)
+
+
+def border_buffers(trace: plans.Trace, planes: Tensor) -> tuple[Tensor, Tensor]:
+    """Return buffers for what clamping adds: rows ``[n, groups, 2, W, width]``, columns ``[n, groups, 2, H, width]``.
 
     Args:
         planes: the incoming gradient, ``[n, groups, H, W, width]`` fp32.
-        weights: ``[n, P, H, W]`` contiguous.
     """
     count, groups, rows, columns, width = planes.shape
-    sums = []
-    for along, across, by_rows in ((columns, rows, True), (rows, columns, False)):
-        out = torch.empty((count, groups, 2, along, width), dtype=torch.float32, device=planes.device)
-        blocks = triton.cdiv(along, BLOCK_EDGE)
-        propagate_bwd_border_kernel[(count * groups * 2 * blocks,)](
-            planes_ptr=planes,
-            weights_ptr=weights,
-            out_ptr=out,
-            groups=groups,
-            length=along,
-            depth=across,
-            step_along=1 if by_rows else columns,
-            step_across=columns if by_rows else 1,
-            blocks=blocks,
-            stride_weights_n=weights.stride(0),
-            DILATIONS=dilations,
-            ROWS=by_rows,
-            INT64=needs_int64(planes, weights),
-            BLOCK_C=width,
-            BLOCK=BLOCK_EDGE,
-            num_warps=1,
-            **LAUNCH,
-        )
-        sums.append(out)
-    return sums[0], sums[1]
+    return (
+        trace.empty((count, groups, 2, columns, width), torch.float32),
+        trace.empty((count, groups, 2, rows, width), torch.float32),
+    )
 
 
-def transpose(
-    planes: Tensor, weights: Tensor, out: Tensor, dilations: tuple[int, ...], channels: int, valid: Tensor | None
-) -> None:
-    """Launch one transposed iteration from ``planes`` into ``out``, both ``[n, groups, H, W, width]`` fp32."""
-    propagate.step(planes, weights, out, dilations, channels, valid, borders(planes, weights, dilations))
+def stack(trace: plans.Trace, times: int, numel: int) -> Tensor:
+    """Return a buffer ``[times, >= numel]`` fp32 whose every slice begins on 16 bytes, so that all load alike."""
+    return trace.empty((times, triton.cdiv(numel, 4) * 4), torch.float32)
+
+
+def slices(stacked: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return the first elements of every slice as ``[times, *shape]``."""
+    return stacked[:, : math.prod(shape)].unflatten(1, shape)
 
 
 def propagate_backward(
@@ -365,101 +507,166 @@ def propagate_backward(
     """Launch the gradients of T iterations; arguments as in ``propagate.propagate``, and ``grad`` like the masks.
 
     The masks of all iterations are computed again, a few channels at a time: their planes and their gradients' planes
-    take about as much memory as the weights.
+    take at most twice as much memory as the weights, or one channel group's.
 
     Returns:
         ``grad_weights [B, P, H, W]`` in the weights' dtype, ``grad_masks [B, C, H, W]`` in the masks' dtype and memory
         format; with an anchor also ``grad_anchor [B, 1, H, W]``, by the formulas of ``eager.propagate_backward``. An
         empty tensor for one that is not needed.
     """
-    dilations = tuple(int(d) for d in dilations)
+    need_anchor = need_anchor and anchor is not None
     grad_masks = torch.empty_like(masks) if need_masks else masks.new_empty(0)
     if num_iter == 0 or masks.numel() == 0:
         if need_masks:
             grad_masks.copy_(propagate.without_invalid(grad, valid_classes))
         grads = (torch.zeros_like(weights) if need_weights else weights.new_empty(0), grad_masks)
-        if anchor is None:
-            return grads
-        return *grads, anchor.new_zeros(anchor.shape if need_anchor else 0)
+        return grads if anchor is None else (*grads, anchor.new_zeros(anchor.shape if need_anchor else 0))
+    batch, _, rows, columns = masks.shape
+    weights = weights.contiguous()
+    share = propagate.dense(anchor)
+    need_sums = need_weights or need_anchor
+    sums = torch.empty(weights.shape if need_sums else 0, dtype=torch.float32, device=masks.device)
+    grad_anchor = masks.new_empty((batch, 1, rows, columns) if need_anchor else 0, dtype=torch.float32)
+    results = [result if result.numel() else None for result in (sums, grad_masks, grad_anchor)]
+    tensors = (weights, masks, grad, *results, propagate.flags(valid_classes), share)
+    plans.run(_propagate_schedule, tensors, tuple(int(d) for d in dilations), num_iter)
+    if need_anchor and share is not None:
+        grad_anchor -= (weights * sums).sum(1, keepdim=True) / (1 - share)
+    grads = (sums.to(weights.dtype) if need_weights else weights.new_empty(0), grad_masks)
+    return grads if anchor is None else (*grads, grad_anchor.to(anchor.dtype))
+
+
+def _propagate_schedule(
+    trace: plans.Trace,
+    weights: Tensor,
+    masks: Tensor,
+    grad: Tensor,
+    sums: Tensor | None,
+    grad_masks: Tensor | None,
+    grad_anchor: Tensor | None,
+    valid_classes: Tensor | None,
+    anchor: Tensor | None,
+    dilations: tuple[int, ...],
+    num_iter: int,
+) -> None:
     batch, channels, rows, columns = masks.shape
     neighbours = weights.shape[1]
-    weights = weights.contiguous()
-    valid_classes = propagate.flags(valid_classes)
     width = tuning.plane_width(channels, 4)
-    need_anchor = need_anchor and anchor is not None
-    asked_weights, need_weights = need_weights, need_weights or need_anchor
-    hold = None if anchor is None else anchor.unsqueeze(-1)  # [B, 1, H, W, 1], as the planes
-    grad_anchor = weights.new_zeros((batch, 1, rows, columns) if need_anchor else 0, dtype=torch.float32)
-    sums = torch.empty(weights.shape if need_weights else 0, dtype=torch.float32, device=masks.device)
-    planes_kept = 2 * num_iter if need_weights else 2
-    chunk = width * max(1, neighbours // (planes_kept * width))
+    kept = num_iter if sums is not None else 1
+    groups = triton.cdiv(channels, width)
+    most = max(1, 2 * neighbours // (2 * kept * width))
+    chunk = width * triton.cdiv(groups, triton.cdiv(groups, most))
     tiles_w = triton.cdiv(columns, TILE[1])
     tiles = tiles_w * triton.cdiv(rows, TILE[0])
-    with device_guard(masks):
-        for c in range(0, channels, chunk):
-            here = (slice(None), slice(c, c + chunk))
-            part = masks[here]
-            count = part.shape[1]
-            valid = None if valid_classes is None else valid_classes[here]
-            shape = (batch, triton.cdiv(count, width), rows, columns, width)
-            kept = num_iter if need_weights else 1
-            # planes_t before iteration t, grads_t after it; groups without a valid channel are never written
-            make = torch.empty if valid is None else torch.zeros
-            grads = make((kept, *shape), dtype=torch.float32, device=masks.device)
-            propagate.copy(grad[here], grads[-1], valid, pack=True)
-            if need_weights:
-                planes = make((kept, *shape), dtype=torch.float32, device=masks.device)
-                propagate.copy(part, planes[0], valid, pack=True)
-                for t in range(num_iter - 1):
-                    propagate.step(planes[t], weights, planes[t + 1], dilations, count, valid)
-                    if anchor is not None:
-                        propagate.keep_share(planes[t + 1], planes[0], anchor)
-            current = grads[-1]
-            total = None if hold is None else torch.zeros_like(current)
-            for t in range(num_iter - 1, -1, -1):
-                if hold is not None and total is not None:
-                    total += current
-                    current *= 1 - hold
-                if t == 0 and not need_masks:
-                    break
-                written = grads[t - 1] if need_weights and t > 0 else torch.empty_like(current)
-                transpose(current, weights, written, dilations, count, valid)
-                current = written
-            if need_masks:
-                if hold is not None and total is not None:
-                    current.addcmul_(total, hold)
-                propagate.copy(grad_masks[here], current, valid, pack=False)
-            if need_anchor and total is not None:
-                products = total * planes[0]
-                lanes = torch.arange(width * shape[1], device=masks.device).view(shape[1], 1, 1, width) < count
-                grad_anchor += products.where(lanes, 0.0).sum((1, 4)).unsqueeze(1)
-            if need_weights:
-                propagate_bwd_weights_kernel[(batch * len(dilations) * tiles,)](
-                    masks_ptr=planes,
-                    grads_ptr=grads,
-                    out_ptr=sums,
-                    images=batch,
-                    groups=shape[1],
-                    times=num_iter,
-                    height=rows,
-                    width=columns,
-                    tiles_w=tiles_w,
-                    tiles=tiles,
-                    DILATIONS=dilations,
-                    ACCUMULATE=c > 0,
-                    INT64=needs_int64(planes, sums),
-                    BLOCK_C=width,
-                    BLOCK_H=TILE[0],
-                    BLOCK_W=TILE[1],
-                    num_warps=4,
-                    **LAUNCH,
-                )
-    wanted = (sums.to(weights.dtype) if asked_weights else weights.new_empty(0), grad_masks)
-    if anchor is None:
-        return wanted
-    if need_anchor:
-        grad_anchor -= (weights * sums).sum(1, keepdim=True) / (1 - anchor)
-    return *wanted, grad_anchor
+    # planes_t before iteration t, grads_t after it, and the masks' gradient; all chunks use the same memory
+    numel = batch * chunk * rows * columns
+    all_planes = None if sums is None else stack(trace, kept, numel)
+    all_grads = stack(trace, kept + (grad_masks is not None), numel)
+    all_totals = None if anchor is None else stack(trace, 1, numel)
+    borders = None
+    for c in range(0, channels, chunk):
+        here = (slice(None), slice(c, c + chunk))
+        part = masks[here]
+        count = part.shape[1]
+        valid = None if valid_classes is None else valid_classes[here]
+        shape = (batch, triton.cdiv(count, width), rows, columns, width)
+        grads = slices(all_grads, shape)
+        borders = border_buffers(trace, grads[0]) if borders is None else borders  # the first chunk is the largest
+        propagate.copy(trace, grad[here], grads[kept - 1], valid, pack=True)
+        if all_planes is not None:
+            planes = slices(all_planes, shape)
+            propagate.copy(trace, part, planes[0], valid, pack=True)
+            for t in range(num_iter - 1):
+                held = None if anchor is None else (planes[0], anchor)
+                propagate.step(trace, planes[t], weights, planes[t + 1], dilations, count, valid, anchor=held)
+        current = kept - 1
+        total = None if all_totals is None else slices(all_totals, shape)[0]
+        for t in range(num_iter - 1, -1, -1):
+            if anchor is not None:
+                keep_share(trace, grads[current], total, anchor, "first" if t == num_iter - 1 else "next")
+            if t == 0 and grad_masks is None:
+                break
+            before = t - 1 if t > 0 else kept
+            written = before if kept > 1 else 1 - current
+            transpose(trace, grads[current], weights, grads[written], dilations, count, valid, borders)
+            current = written
+        if grad_masks is not None:
+            if anchor is not None:
+                keep_share(trace, grads[current], total, anchor, "last")
+            propagate.copy(trace, grad_masks[here], grads[current], valid, pack=False)
+        if sums is not None:
+            trace.launch(
+                propagate_bwd_weights_kernel,
+                batch * len(dilations) * tiles,
+                num_warps=4,
+                options=LAUNCH,
+                masks_ptr=planes,
+                grads_ptr=grads,
+                out_ptr=sums,
+                valid_ptr=weights if valid is None else valid,
+                channels=count,
+                groups=shape[1],
+                times=num_iter,
+                height=rows,
+                width=columns,
+                tiles_w=tiles_w,
+                tiles=tiles,
+                stride_time=grads.stride(0),
+                stride_valid_n=0 if valid is None else valid.stride(0),
+                stride_valid_c=0 if valid is None else valid.stride(1),
+                DILATIONS=dilations,
+                HAS_VALID=valid is not None,
+                ACCUMULATE=c > 0,
+                INT64=needs_int64(grads, sums),
+                BLOCK_C=width,
+                BLOCK_H=TILE[0],
+                BLOCK_W=TILE[1],
+            )
+        if grad_anchor is not None:
+            blocks = triton.cdiv(rows * columns, propagate.BLOCK_PIXELS)
+            trace.launch(
+                propagate_bwd_anchor_sum_kernel,
+                batch * blocks,
+                num_warps=4,
+                options=LAUNCH,
+                total_ptr=total,
+                first_ptr=planes[0],
+                out_ptr=grad_anchor,
+                valid_ptr=weights if valid is None else valid,
+                channels=count,
+                groups=shape[1],
+                plane=rows * columns,
+                blocks=blocks,
+                stride_valid_n=0 if valid is None else valid.stride(0),
+                stride_valid_c=0 if valid is None else valid.stride(1),
+                HAS_VALID=valid is not None,
+                ACCUMULATE=c > 0,
+                INT64=needs_int64(total),
+                BLOCK_C=width,
+                BLOCK=propagate.BLOCK_PIXELS,
+            )
+
+
+def keep_share(trace: plans.Trace, grads: Tensor, total: Tensor, anchor: Tensor, step: str) -> None:
+    """Launch what an anchor ``[n, 1, H, W]`` does to the gradient planes after an iteration; see the kernel."""
+    count, groups, rows, columns, width = grads.shape
+    blocks = triton.cdiv(rows * columns, propagate.BLOCK_PIXELS)
+    trace.launch(
+        propagate_bwd_anchor_kernel,
+        count * groups * blocks,
+        num_warps=4,
+        options=LAUNCH,
+        grads_ptr=grads,
+        total_ptr=total,
+        anchor_ptr=anchor,
+        groups=groups,
+        plane=rows * columns,
+        blocks=blocks,
+        STEP=step,
+        INT64=needs_int64(grads),
+        BLOCK_C=width,
+        BLOCK=propagate.BLOCK_PIXELS,
+    )
 
 
 def local_affinity_backward(
@@ -484,55 +691,65 @@ def local_affinity_backward(
     grad_image = torch.empty_like(image)
     if image.numel() == 0:
         return grad_image
+    spec = (int(exponent), float(alpha), sigma, float(eps))
     batch, channels, rows, columns = image.shape
-    grad_weights = grad_weights.contiguous()
-    soft = affinity.local_affinity(
-        image,
-        dilations,
-        exponent=exponent,
-        alpha=alpha,
-        sigma=sigma,
-        eps=eps,
-        position_weight=0.0,
-        fast=False,
-    )
-    taps = torch.empty_like(soft)
-    centre = torch.empty((batch, rows, columns), dtype=torch.float32, device=image.device)
+    soft = image.new_empty((batch, 8 * len(dilations), rows, columns), dtype=torch.float32)
+    sums = torch.empty((2, channels, batch, rows, columns), dtype=torch.float32, device=image.device)
     ones = torch.ones((batch, 1, rows, columns, 1), dtype=torch.float32, device=image.device)
-    gathered = torch.empty_like(ones)
+    plans.run(_affinity_schedule, (image, grad_weights.contiguous(), soft, sums, ones), dilations, *spec)
+    return grad_image.copy_(sums[0].add_(sums[1]).transpose(0, 1))
+
+
+def _affinity_schedule(
+    trace: plans.Trace,
+    image: Tensor,
+    grad_weights: Tensor,
+    soft: Tensor,
+    sums: Tensor,  # [2, K, B, H, W]: what each pixel's own neighbourhood sends it, and what the others' send it
+    ones: Tensor,
+    dilations: tuple[int, ...],
+    exponent: int,
+    alpha: float,
+    sigma: str,
+    eps: float,
+) -> None:
+    batch, channels, rows, columns = image.shape
+    affinity.schedule(trace, image, soft, dilations, exponent, alpha, sigma, eps, 0.0)
+    taps = trace.empty(soft.shape, torch.float32)
+    borders = border_buffers(trace, ones)
     tiles_w = triton.cdiv(columns, TILE[1])
     tiles = tiles_w * triton.cdiv(rows, TILE[0])
-    with device_guard(image):
-        for k in range(channels):
-            plane = image[:, k]
-            local_affinity_bwd_kernel[(batch * tiles,)](
-                image_ptr=plane,
-                soft_ptr=soft,
-                grad_ptr=grad_weights,
-                taps_ptr=taps,
-                centre_ptr=centre,
-                height=rows,
-                width=columns,
-                tiles_w=tiles_w,
-                tiles=tiles,
-                stride_image_n=plane.stride(0),
-                stride_image_h=plane.stride(1),
-                stride_image_w=plane.stride(2),
-                alpha=float(alpha),
-                eps=float(eps),
-                inverse_channels=1.0 / channels,
-                DILATIONS=dilations,
-                EXPONENT=int(exponent),
-                SIGMA=sigma,
-                INT64=needs_int64(plane, soft, grad_weights),
-                BLOCK_H=TILE[0],
-                BLOCK_W=TILE[1],
-                num_warps=affinity_warps(dilations),
-                **LAUNCH,
-            )
-            transpose(ones, taps, gathered, dilations, 1, None)
-            grad_image[:, k] = gathered[:, 0, :, :, 0] + centre
-    return grad_image
+    for k in range(channels):
+        plane = image[:, k]
+        trace.launch(
+            local_affinity_bwd_kernel,
+            batch * tiles,
+            num_warps=affinity_warps(dilations),
+            options=LAUNCH,
+            image_ptr=plane,
+            soft_ptr=soft,
+            grad_ptr=grad_weights,
+            taps_ptr=taps,
+            centre_ptr=sums[0, k],
+            height=rows,
+            width=columns,
+            tiles_w=tiles_w,
+            tiles=tiles,
+            stride_image_n=plane.stride(0),
+            stride_image_h=plane.stride(1),
+            stride_image_w=plane.stride(2),
+            alpha=alpha,
+            eps=eps,
+            inverse_channels=1.0 / channels,
+            DILATIONS=dilations,
+            EXPONENT=exponent,
+            SIGMA=sigma,
+            INT64=needs_int64(plane, soft, grad_weights, sums),
+            BLOCK_H=TILE[0],
+            BLOCK_W=TILE[1],
+        )
+        gathered = sums[1, k][:, None, :, :, None]
+        transpose(trace, ones, taps, gathered, dilations, 1, None, borders)
 
 
 def offline_cases() -> Iterator[tuning.OfflineCase]:
@@ -543,19 +760,18 @@ def offline_cases() -> Iterator[tuning.OfflineCase]:
         yield tuning.OfflineCase(
             f"propagate_bwd_weights {dilations}",
             propagate_bwd_weights_kernel,
-            {"masks_ptr": "*fp32", "grads_ptr": "*fp32", "out_ptr": "*fp32"},
-            tile | {"ACCUMULATE": True, "BLOCK_C": 4, "BLOCK_H": TILE[0], "BLOCK_W": TILE[1]},
+            {"masks_ptr": "*fp32", "grads_ptr": "*fp32", "out_ptr": "*fp32", "valid_ptr": "*u8"},
+            tile | {"HAS_VALID": True, "ACCUMULATE": True, "BLOCK_C": 4, "BLOCK_H": TILE[0], "BLOCK_W": TILE[1]},
             every_target=longest,
         )
-        for by_rows in (True, False):
-            yield tuning.OfflineCase(
-                f"propagate_bwd_border {dilations} {by_rows=}",
-                propagate_bwd_border_kernel,
-                {"planes_ptr": "*fp32", "weights_ptr": "*fp32", "out_ptr": "*fp32"},
-                tile | {"ROWS": by_rows, "BLOCK_C": 4, "BLOCK": BLOCK_EDGE},
-                num_warps=1,
-                every_target=longest,
-            )
+        yield tuning.OfflineCase(
+            f"propagate_bwd_border {dilations}",
+            propagate_bwd_border_kernel,
+            {"planes_ptr": "*fp32", "weights_ptr": "*fp32", "rows_ptr": "*fp32", "columns_ptr": "*fp32"},
+            tile | {"BLOCK_C": 4, "BLOCK": BLOCK_EDGE},
+            num_warps=1,
+            every_target=longest,
+        )
         for image in ("*fp32", "*fp16", "*bf16"):
             if image == "*fp32" or longest:
                 yield tuning.OfflineCase(

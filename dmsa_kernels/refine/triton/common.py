@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton.language as tl
 from torch import Tensor
@@ -27,11 +25,6 @@ def needs_int64(*tensors: Tensor) -> bool:
         if tensor.numel() and reach + _OVERRUN > _INT32_MAX:
             return True
     return False
-
-
-def device_guard(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Make ``tensor``'s GPU the current one while a kernel is launched; nothing to do on the CPU."""
-    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()
 
 
 # The dilation lists people run: PAMR's own, open-vocabulary heads', remote sensing's, AFA's six, DiffCut's eight.

@@ -9,6 +9,7 @@ owns a pixel, keeps the pixel's P weights in registers and walks over the channe
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -16,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dmsa_kernels import tuning
-from dmsa_kernels.refine.triton.common import LAUNCH, OFFLINE_DILATIONS, TAP_X, TAP_Y, device_guard, needs_int64
+from dmsa_kernels import plans, tuning
+from dmsa_kernels.refine.triton.common import LAUNCH, OFFLINE_DILATIONS, TAP_X, TAP_Y, needs_int64
 
 # Weights a thread can hold in registers; longer dilation lists read them again for every channel group.
 MAX_HELD_NEIGHBOURS = 64
@@ -99,6 +100,8 @@ def propagate_fwd_kernel(
     valid_ptr,  # [n, C] uint8, 0 or 1
     rows_ptr,  # [n, groups, 2, W, BLOCK_C] fp32, ADJOINT only: what clamping adds to the top and bottom rows
     columns_ptr,  # [n, groups, 2, H, BLOCK_C] fp32, ADJOINT only: the same for the left and right columns
+    first_ptr,  # like planes_ptr, HAS_ANCHOR only: the first masks
+    anchor_ptr,  # [n, H, W] fp32, HAS_ANCHOR only: the share of them that is kept
     channels,
     groups,
     groups_each,
@@ -112,6 +115,7 @@ def propagate_fwd_kernel(
     stride_valid_c,
     DILATIONS: tl.constexpr,
     HAS_VALID: tl.constexpr,
+    HAS_ANCHOR: tl.constexpr,
     HOLD_WEIGHTS: tl.constexpr,
     ADJOINT: tl.constexpr,
     INT64: tl.constexpr,
@@ -121,6 +125,7 @@ def propagate_fwd_kernel(
 ):
     """One iteration ``out(q) = sum_p w_p(q) planes(clamp(q + o_p))``, or its transpose.
 
+    With an anchor, ``out(q) <- (1 - anchor(q)) out(q) + anchor(q) first(q)``.
     The transpose gathers, too: ``out(s) = sum_p w_p(s - o_p) planes(s - o_p)`` over the taps inside the map, plus the
     border sums that ``propagate_bwd_border_kernel`` prepared. Programs are (image, share of the groups, tile).
     """
@@ -210,12 +215,18 @@ def propagate_fwd_kernel(
                     m_column = m_pixel & (o_x == side * (width - 1))
                     p_column = columns_ptr + (((o_border + side) * height + o_y) * BLOCK_C)[:, None] + o_lane[None, :]
                     acc += tl.load(p_column, mask=m_column[:, None], other=0.0)
+        o_out = (o_plane + o_y * width + o_x) * BLOCK_C
+        m_out = (o_y < height * some) & (o_x < width)
+        if HAS_ANCHOR:
+            # [PIXELS]
+            anchor = tl.load(anchor_ptr + i_n * plane + o_y * width + o_x, mask=m_out, other=0.0)
+            # [PIXELS, BLOCK_C]
+            first = tl.load(first_ptr + o_out[:, None] + o_lane[None, :], mask=m_out[:, None], other=0.0)
+            acc = (1 - anchor)[:, None] * acc + anchor[:, None] * first.to(tl.float32)
         if HAS_VALID:
             # a weight that is NaN must not turn the zeros of a channel that is not valid into NaN
             acc = tl.where(m_c[None, :], acc, 0.0)
         # [PIXELS, BLOCK_C]; groups without a valid channel are never read, so they are not written either
-        o_out = (o_plane + o_y * width + o_x) * BLOCK_C
-        m_out = (o_y < height * some) & (o_x < width)
         p_out = out_ptr + o_out[:, None] + o_lane[None, :]
         tl.store(p_out, acc.to(out_ptr.dtype.element_ty), mask=m_out[:, None])
         i_group += 1
@@ -294,7 +305,7 @@ def l2_bytes(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).L2_cache_size
 
 
-def chunks(weights: Tensor, channels: int, width: int, itemsize: int) -> tuple[int, int]:
+def chunks(weights: Tensor, channels: int, width: int, itemsize: int, device: torch.device) -> tuple[int, int]:
     """Return how many images and channels are worked through all iterations together; see ``tuning.plan_chunks``."""
     batch, neighbours, height, columns = weights.shape
     pixels = height * columns
@@ -306,7 +317,7 @@ def chunks(weights: Tensor, channels: int, width: int, itemsize: int) -> tuple[i
         pixels * neighbours * weights.element_size(),
         pixels * neighbours * width,
     )
-    images, groups = plan(l2_bytes(weights.device)) if weights.device.type == "cuda" else plan()
+    images, groups = plan(l2_bytes(device)) if device.type == "cuda" else plan()
     return images, min(groups * width, channels)
 
 
@@ -325,11 +336,15 @@ def is_plane(masks: Tensor, valid: Tensor | None, width: int, dtype: torch.dtype
     return width == 1 and valid is None and masks.dtype == dtype and masks.is_contiguous()
 
 
-def copy(masks: Tensor, planes: Tensor, valid: Tensor | None, *, pack: bool) -> None:
+def copy(trace: plans.Trace, masks: Tensor, planes: Tensor, valid: Tensor | None, *, pack: bool) -> None:
     """Launch the copy from ``masks [n, C, H, W]`` into ``planes [n, groups, H, W, width]``, or back if not ``pack``."""
     count, groups, rows, columns, width = planes.shape
     blocks = triton.cdiv(rows * columns, BLOCK_PIXELS)
-    propagate_copy_kernel[(count * groups * blocks,)](
+    trace.launch(
+        propagate_copy_kernel,
+        count * groups * blocks,
+        num_warps=4,
+        options=LAUNCH,
         masks_ptr=masks,
         planes_ptr=planes,
         valid_ptr=planes if valid is None else valid,
@@ -349,58 +364,65 @@ def copy(masks: Tensor, planes: Tensor, valid: Tensor | None, *, pack: bool) -> 
         INT64=needs_int64(masks, planes),
         BLOCK_C=width,
         BLOCK=BLOCK_PIXELS,
-        num_warps=4,
-        **LAUNCH,
     )
 
 
-def pack(masks: Tensor, valid: Tensor | None, width: int, dtype: torch.dtype) -> Tensor:
-    """Return masks ``[n, C, H, W]`` of any strides as planes ``[n, groups, H, W, width]``, zero where not valid."""
-    if is_plane(masks, valid, width, dtype):
-        return masks.unsqueeze(-1)
-    count, channels, rows, columns = masks.shape
-    planes = torch.empty((count, triton.cdiv(channels, width), rows, columns, width), dtype=dtype, device=masks.device)
-    copy(masks, planes, valid, pack=True)
-    return planes
+class Planes:
+    """Buffers of packed planes that take turns, and one that keeps the first planes; every chunk uses them again."""
+
+    def __init__(self, trace: plans.Trace, dtype: torch.dtype):
+        self._trace = trace
+        self.dtype = dtype
+        self._buffers: dict[int, Tensor] = {}
+
+    def take(self, index: int, shape: tuple[int, ...]) -> Tensor:
+        """Return buffer ``index`` as ``shape``; the first call's shape is the largest."""
+        numel = math.prod(shape)
+        if index not in self._buffers:
+            self._buffers[index] = self._trace.empty((numel,), self.dtype)
+        return self._buffers[index][:numel].view(shape)
 
 
 def iterate(
+    trace: plans.Trace,
     masks: Tensor,
     weights: Tensor,
     dilations: tuple[int, ...],
     num_iter: int,
     valid: Tensor | None,
     width: int,
-    dtype: torch.dtype,
+    buffers: Planes,
     last: Tensor | None = None,
     anchor: Tensor | None = None,
 ) -> Tensor:
-    """Pack ``masks`` and launch ``num_iter`` iterations; the result's planes are ``last`` when that is given."""
-    first = planes = pack(masks, valid, width, dtype)
-    spare = None
+    """Pack ``masks [n, C, H, W]`` and launch ``num_iter`` iterations; return the result's planes, which are ``last``.
+
+    The caller's masks may be the first planes themselves, and are never written; nor are first planes that an anchor
+    ``[n, 1, H, W]`` keeps.
+    """
+    count, channels, rows, columns = masks.shape
+    shape = (count, triton.cdiv(channels, width), rows, columns, width)
+    if is_plane(masks, valid, width, buffers.dtype):
+        planes = masks.unsqueeze(-1)
+        free = [0, 1]
+    else:
+        planes = buffers.take(0, shape)
+        copy(trace, masks, planes, valid, pack=True)
+        free = [1, 0] if anchor is None else [1, 2]
+    held = None if anchor is None else (planes, anchor)
     for t in range(num_iter):
-        written = last if last is not None and t == num_iter - 1 else spare
-        written = torch.empty_like(planes) if written is None else written
-        step(planes, weights, written, dilations, masks.shape[1], valid)
-        if anchor is not None:
-            keep_share(written, first, anchor)
-        # the caller's masks may be the first planes themselves: never write into them, nor into kept first planes
-        keep = planes is first if anchor is not None else planes.data_ptr() == masks.data_ptr()
-        spare = None if keep else planes
+        if last is not None and (num_iter - t) % 2:
+            written = last
+        else:
+            written = buffers.take(free[0], shape)
+            free = free if last is not None else free[::-1]
+        step(trace, planes, weights, written, dilations, channels, valid, anchor=held)
         planes = written
     return planes
 
 
-def keep_share(planes: Tensor, first: Tensor, anchor: Tensor) -> None:
-    """Move planes ``[n, groups, H, W, width]`` by the share ``anchor [n, 1, H, W]`` towards the first ones."""
-    share = anchor.unsqueeze(-1)
-    if planes.dtype == torch.float32:
-        planes.lerp_(first, share)
-    else:
-        planes.copy_(torch.lerp(planes.float(), first.float(), share))
-
-
 def step(
+    trace: plans.Trace,
     planes: Tensor,
     weights: Tensor,
     out: Tensor,
@@ -408,28 +430,35 @@ def step(
     channels: int,
     valid: Tensor | None,
     borders: tuple[Tensor, Tensor] | None = None,
+    anchor: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """Launch one iteration from ``planes`` into ``out``, both ``[n, groups, H, W, width]``.
 
     Args:
         borders: the border sums of the transpose (rows, columns); None for the iteration itself.
+        anchor: the first planes and the share ``[n, 1, H, W]`` that is kept of them, or None.
     """
     count, groups, rows, columns, width = planes.shape
     neighbours = weights.shape[1]
-    config = tuning.select("propagate_fwd", tuning_key(neighbours, rows * columns, width))
+    kernel = "propagate_fwd" if borders is None else "propagate_bwd"
+    key = tuning_key(neighbours, rows * columns, width)
+    config, groups_each = tuning.plan_step(kernel, key, dilations, width, count, groups, rows, columns)
     tiles_w = triton.cdiv(columns, config.block_w)
     tiles = tiles_w * triton.cdiv(rows, config.block_h)
-    # weights are read once a program, so split the channels over programs only as far as the device needs work
-    splits = min(groups, triton.cdiv(tuning.MIN_PROGRAMS, count * tiles))
-    groups_each = triton.cdiv(groups, splits)
     splits = triton.cdiv(groups, groups_each)
-    propagate_fwd_kernel[(count * splits * tiles,)](
+    trace.launch(
+        propagate_fwd_kernel,
+        count * splits * tiles,
+        num_warps=config.num_warps,
+        options=LAUNCH,
         planes_ptr=planes,
         weights_ptr=weights,
         out_ptr=out,
         valid_ptr=weights if valid is None else valid,
         rows_ptr=weights if borders is None else borders[0],
         columns_ptr=weights if borders is None else borders[1],
+        first_ptr=planes if anchor is None else anchor[0],
+        anchor_ptr=weights if anchor is None else anchor[1],
         channels=channels,
         groups=groups,
         groups_each=groups_each,
@@ -443,20 +472,24 @@ def step(
         stride_valid_c=0 if valid is None else valid.stride(1),
         DILATIONS=dilations,
         HAS_VALID=valid is not None,
-        HOLD_WEIGHTS=groups_each > 1 and holds_weights(neighbours, width, valid is not None),
+        HAS_ANCHOR=anchor is not None,
+        HOLD_WEIGHTS=holds_weights(neighbours, width, valid is not None),
         ADJOINT=borders is not None,
         INT64=needs_int64(planes, weights, out),
         BLOCK_C=width,
         BLOCK_H=config.block_h,
         BLOCK_W=config.block_w,
-        num_warps=config.num_warps,
-        **LAUNCH,
     )
 
 
 def flags(valid: Tensor | None) -> Tensor | None:
     """Return boolean flags as bytes, which the kernels load."""
     return None if valid is None else valid.view(torch.uint8)
+
+
+def dense(anchor: Tensor | None) -> Tensor | None:
+    """Return an anchor ``[B, 1, H, W]``, which may be an expanded number, as the kernels read it."""
+    return None if anchor is None else anchor.to(torch.float32).contiguous()
 
 
 def plane_dtype(weights: Tensor) -> torch.dtype:
@@ -493,28 +526,40 @@ def propagate(
     """
     if num_iter == 0 or masks.numel() == 0:
         return without_invalid(masks, valid_classes)
-    dilations = tuple(int(d) for d in dilations)
-    weights = weights.contiguous()
-    valid_classes = flags(valid_classes)
     out = torch.empty_like(masks)
+    tensors = (weights.contiguous(), masks, out, flags(valid_classes), dense(anchor))
+    plans.run(_schedule, tensors, tuple(int(d) for d in dilations), num_iter)
+    return out
+
+
+def _schedule(
+    trace: plans.Trace,
+    weights: Tensor,
+    masks: Tensor,
+    out: Tensor,
+    valid_classes: Tensor | None,
+    anchor: Tensor | None,
+    dilations: tuple[int, ...],
+    num_iter: int,
+) -> None:
     dtype = plane_dtype(weights)
     batch, channels, _, _ = masks.shape
     width = tuning.plane_width(channels, dtype.itemsize)
-    images, chunk = chunks(weights, channels, width, dtype.itemsize)
-    with device_guard(masks):
-        for n in range(0, batch, images):
-            for c in range(0, channels, chunk):
-                here = (slice(n, n + images), slice(c, c + chunk))
-                part = masks[here]
-                valid = None if valid_classes is None else valid_classes[here]
-                target = out[here]
-                direct = is_plane(target, valid, width, dtype)
-                last = target.unsqueeze(-1) if direct else None
-                share = None if anchor is None else anchor[here[0]]
-                planes = iterate(part, weights[here[0]], dilations, num_iter, valid, width, dtype, last, share)
-                if not direct:
-                    copy(target, planes, valid, pack=False)
-    return out
+    images, chunk = chunks(weights, channels, width, dtype.itemsize, trace.device)
+    buffers = Planes(trace, dtype)
+    for n in range(0, batch, images):
+        for c in range(0, channels, chunk):
+            here = (slice(n, n + images), slice(c, c + chunk))
+            valid = None if valid_classes is None else valid_classes[here]
+            target = out[here]
+            direct = is_plane(target, valid, width, dtype)
+            last = target.unsqueeze(-1) if direct else None
+            share = None if anchor is None else anchor[here[0]]
+            planes = iterate(
+                trace, masks[here], weights[here[0]], dilations, num_iter, valid, width, buffers, last, share
+            )
+            if not direct:
+                copy(trace, target, planes, valid, pack=False)
 
 
 def propagate_labels(
@@ -531,47 +576,61 @@ def propagate_labels(
         ``labels [B, H, W]`` int64, the lowest valid channel among equals, and ``values [B, H, W]`` float32;
         label 0 and minus infinity where an image has no valid channel.
     """
-    dilations = tuple(int(d) for d in dilations)
-    weights = weights.contiguous()
-    valid_classes = flags(valid_classes)
-    batch, channels, rows, columns = masks.shape
+    batch, _, rows, columns = masks.shape
     labels = torch.empty((batch, rows, columns), dtype=torch.int64, device=masks.device)
     values = torch.empty((batch, rows, columns), dtype=torch.float32, device=masks.device)
-    if labels.numel() == 0:
-        return labels, values
+    if labels.numel():
+        tensors = (weights.contiguous(), masks, labels, values, flags(valid_classes), dense(anchor))
+        plans.run(_labels_schedule, tensors, tuple(int(d) for d in dilations), num_iter)
+    return labels, values
+
+
+def _labels_schedule(
+    trace: plans.Trace,
+    weights: Tensor,
+    masks: Tensor,
+    labels: Tensor,
+    values: Tensor,
+    valid_classes: Tensor | None,
+    anchor: Tensor | None,
+    dilations: tuple[int, ...],
+    num_iter: int,
+) -> None:
+    batch, channels, rows, columns = masks.shape
     # zero iterations compare the masks as they are, in a dtype that holds them exactly
     dtype = plane_dtype(weights) if num_iter else torch.float32
     width = tuning.plane_width(channels, dtype.itemsize)
-    images, chunk = chunks(weights, channels, width, dtype.itemsize)
+    images, chunk = chunks(weights, channels, width, dtype.itemsize, trace.device)
     blocks = triton.cdiv(rows * columns, BLOCK_PIXELS)
-    with device_guard(masks):
-        for n in range(0, batch, images):
-            for c in range(0, channels, chunk):
-                here = (slice(n, n + images), slice(c, c + chunk))
-                part = masks[here]
-                valid = None if valid_classes is None else valid_classes[here]
-                share = None if anchor is None else anchor[here[0]]
-                planes = iterate(part, weights[here[0]], dilations, num_iter, valid, width, dtype, anchor=share)
-                propagate_labels_kernel[(part.shape[0] * blocks,)](
-                    planes_ptr=planes,
-                    valid_ptr=part if valid is None else valid,
-                    labels_ptr=labels[here[0]],
-                    values_ptr=values[here[0]],
-                    channels=part.shape[1],
-                    groups=planes.shape[1],
-                    plane=rows * columns,
-                    blocks=blocks,
-                    first_channel=c,
-                    stride_valid_n=0 if valid is None else valid.stride(0),
-                    stride_valid_c=0 if valid is None else valid.stride(1),
-                    HAS_VALID=valid is not None,
-                    INT64=needs_int64(planes, labels),
-                    BLOCK_C=width,
-                    BLOCK=BLOCK_PIXELS,
-                    num_warps=4,
-                    **LAUNCH,
-                )
-    return labels, values
+    buffers = Planes(trace, dtype)
+    for n in range(0, batch, images):
+        for c in range(0, channels, chunk):
+            here = (slice(n, n + images), slice(c, c + chunk))
+            part = masks[here]
+            valid = None if valid_classes is None else valid_classes[here]
+            share = None if anchor is None else anchor[here[0]]
+            planes = iterate(trace, part, weights[here[0]], dilations, num_iter, valid, width, buffers, anchor=share)
+            trace.launch(
+                propagate_labels_kernel,
+                part.shape[0] * blocks,
+                num_warps=4,
+                options=LAUNCH,
+                planes_ptr=planes,
+                valid_ptr=planes if valid is None else valid,
+                labels_ptr=labels[here[0]],
+                values_ptr=values[here[0]],
+                channels=part.shape[1],
+                groups=planes.shape[1],
+                plane=rows * columns,
+                blocks=blocks,
+                first_channel=c,
+                stride_valid_n=0 if valid is None else valid.stride(0),
+                stride_valid_c=0 if valid is None else valid.stride(1),
+                HAS_VALID=valid is not None,
+                INT64=needs_int64(planes, labels),
+                BLOCK_C=width,
+                BLOCK=BLOCK_PIXELS,
+            )
 
 
 def offline_cases() -> Iterator[tuning.OfflineCase]:
@@ -589,10 +648,13 @@ def offline_cases() -> Iterator[tuning.OfflineCase]:
                 "valid_ptr": "*u8",
                 "rows_ptr": "*fp32",
                 "columns_ptr": "*fp32",
+                "first_ptr": planes,
+                "anchor_ptr": "*fp32",
             },
             {
                 "DILATIONS": dilations,
                 "HAS_VALID": False,
+                "HAS_ANCHOR": False,
                 "HOLD_WEIGHTS": True,
                 "ADJOINT": False,
                 "INT64": False,
@@ -619,6 +681,7 @@ def offline_cases() -> Iterator[tuning.OfflineCase]:
         hold = holds_weights(8 * len(dilations), 8, True)
         yield case("fast, valid", dilations, default, 8, HAS_VALID=True, HOLD_WEIGHTS=hold)
         yield case("exact, transposed", dilations, default, 4, ADJOINT=True)
+        yield case("exact, anchored", dilations, default, 4, HAS_ANCHOR=True)
     for masks, planes, width in (("*fp32", "*fp32", 4), ("*fp16", "*fp32", 4), ("*bf16", "*fp16", 8)):
         flags = {"HAS_VALID": True, "INT64": False, "BLOCK_C": width, "BLOCK": BLOCK_PIXELS}
         for packing in (True, False):
