@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dmsa_kernels import DepthwiseASPP, why_not_triton
+from dmsa_kernels import DepthwiseASPP, plans, why_not_triton
 from dmsa_kernels.aspp import fused_dwconv_project, launch, ops
 from dmsa_kernels.aspp.layout import is_channels_last
 from tests.aspp.budget import assert_within_budget, plain, require_convolution
