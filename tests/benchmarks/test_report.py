@@ -198,7 +198,7 @@ def test_the_plot_is_drawn_from_the_sweeps(tmp_path):
 
 def test_the_committed_results_are_read(capsys):
     """Tables of scores lie in the same folder; neither the report nor the cost model may stumble over them."""
-    from benchmarks import cost_model
+    from benchmarks.modelling import cost_model
 
     assert result_files(), "no results are committed"
     assert (RESULTS / "shapes_scores.csv").is_file()

@@ -1,8 +1,8 @@
 """What each operator costs: bytes, operations, launches; predicted times; and how far the model is from measurements.
 
-    python -m benchmarks.cost_model             # prints the page
-    python -m benchmarks.cost_model --write     # puts it between the markers in benchmarks/NOTES.md
-    python -m benchmarks.cost_model --check     # exit status 1 if NOTES.md is not what the results give
+    python -m benchmarks.modelling.cost_model             # prints the page
+    python -m benchmarks.modelling.cost_model --write     # puts it between the markers in benchmarks/NOTES.md
+    python -m benchmarks.modelling.cost_model --check     # exit status 1 if NOTES.md is not what the results give
 
 A time is predicted as `calls + operations / rate + bytes / bandwidth` on a CPU, with the three constants of each
 operator fitted to the committed results, and as the larger of the device-memory and the cache time over an assumed
@@ -23,8 +23,11 @@ import numpy as np
 
 from benchmarks.measuring import cases
 from benchmarks.measuring.results import RESULTS, Result, number, read_csv, result_files
+from benchmarks.modelling import gpus
+from benchmarks.modelling.gpus import Gpu
+from dmsa_kernels import tuning
 
-NOTES = Path(__file__).parent / "NOTES.md"
+NOTES = Path(__file__).parents[1] / "NOTES.md"
 BEGIN, END = "<!-- cost model:begin -->", "<!-- cost model:end -->"
 
 
@@ -39,6 +42,8 @@ class Cost:
     """Every input of the whole operator read once, every output written once."""
     device_bytes: int
     """What the kernels move through device memory: the stored affinity, and planes that do not stay in L2."""
+    l2_bytes: int
+    """What L2 delivers: of every plane the different pixels that a tile's taps meet, and the weights."""
     cache_bytes: int
     """Loads from the first-level cache."""
     operations: int
@@ -50,7 +55,7 @@ class Cost:
 
 
 def _values(cost: Cost) -> tuple[int, ...]:
-    return cost.floor_bytes, cost.device_bytes, cost.cache_bytes, cost.operations, cost.launches
+    return cost.floor_bytes, cost.device_bytes, cost.l2_bytes, cost.cache_bytes, cost.operations, cost.launches
 
 
 def affinity_cost(batch: int, height: int, width: int, neighbours: int, guide: int = 3, itemsize: int = 4) -> Cost:
@@ -60,7 +65,8 @@ def affinity_cost(batch: int, height: int, width: int, neighbours: int, guide: i
     # A thread keeps its samples: P·K neighbour loads. About 11 operations a neighbour and channel, as in the workload
     # table.
     loads = pixels * neighbours * guide
-    return Cost(read, read + 4 * pixels * neighbours, loads * itemsize, 11 * loads, 1)
+    moved = read + 4 * pixels * neighbours
+    return Cost(read, moved, moved, loads * itemsize, 11 * loads, 1)
 
 
 def propagate_cost(
@@ -68,25 +74,39 @@ def propagate_cost(
     channels: int,
     height: int,
     width: int,
-    neighbours: int,
+    dilations: tuple[int, ...],
     num_iter: int,
     itemsize: int = 4,
     l2_bytes: int = 40 << 20,
 ) -> Cost:
-    """T iterations over masks `[B, C, H, W]`.
+    """T iterations over masks `[B, C, H, W]`, in the chunks and tiles that the kernels take.
 
-    Where the weights of an image and two planes fit into three quarters of the L2 cache, a chunk of channels goes
-    through all iterations inside it: masks are read and written once, weights once a chunk. Otherwise every iteration
-    passes device memory.
+    Where a chunk's weights and its two planes fit into three quarters of the L2 cache, masks are read and written once
+    and weights once a chunk. Otherwise every iteration passes device memory.
     """
+    neighbours = 8 * len(dilations)
     pixels = batch * height * width
-    masks, weights = pixels * channels * itemsize, pixels * neighbours * 4
-    moved = 2 * masks + weights
-    planes = (0.75 * l2_bytes - height * width * neighbours * 4) / (2 * height * width * itemsize)
-    if planes < 1:
-        moved *= num_iter
+    side = tuning.plane_width(channels, itemsize)
+    groups = -(-channels // side)
+    plane, weight = height * width * side * itemsize, height * width * neighbours * itemsize
+    images, some = tuning.plan_chunks(batch, groups, plane, weight, height * width * neighbours * side, l2_bytes)
+    chunks = -(-batch // images) * -(-groups // some)
+    step = tuning.plan_step("propagate_fwd", None, dilations, side, images, some, height, width)
+    masks, weights = pixels * channels * itemsize, pixels * neighbours * itemsize
+    once = 2 * masks + weights * -(-groups // some)
+    stays = images * (weight + 2 * some * plane) <= 0.75 * l2_bytes
+    met = tuning.distinct_taps(dilations, step.config.block_h, step.config.block_w)
+    from_l2 = pixels * groups * side * itemsize * (min(met, neighbours) + 1) + weights * -(-groups // step.groups_each)
+    packing = 0 if side == 1 and itemsize == 4 else 2
     taps = pixels * channels * neighbours * num_iter
-    return Cost(2 * masks, moved, taps * itemsize, 2 * taps, num_iter + 1)
+    return Cost(
+        2 * masks,
+        once if stays else once * num_iter,
+        round(from_l2 * num_iter),
+        taps * itemsize,
+        2 * taps,
+        chunks * (num_iter + packing),
+    )
 
 
 def refine_cost(
@@ -94,14 +114,14 @@ def refine_cost(
     channels: int,
     height: int,
     width: int,
-    neighbours: int,
+    dilations: tuple[int, ...],
     num_iter: int,
     itemsize: int = 4,
     l2_bytes: int = 40 << 20,
 ) -> Cost:
     """Affinity and propagation; the weights between the two count as moved, not as floor."""
-    return affinity_cost(batch, height, width, neighbours) + propagate_cost(
-        batch, channels, height, width, neighbours, num_iter, itemsize, l2_bytes
+    return affinity_cost(batch, height, width, 8 * len(dilations)) + propagate_cost(
+        batch, channels, height, width, dilations, num_iter, itemsize, l2_bytes
     )
 
 
@@ -123,7 +143,7 @@ def dwconv_cost(
     elements = batch * channels * height * width
     moved = elements * (1 + branches) * itemsize
     taps = elements * branches * kernel * kernel
-    return Cost(moved, moved, taps * itemsize, 2 * taps, 1)
+    return Cost(moved, moved, moved, taps * itemsize, 2 * taps, 1)
 
 
 def dwconv_backward_cost(
@@ -133,7 +153,7 @@ def dwconv_backward_cost(
     elements = batch * channels * height * width
     moved = elements * (2 * branches + 2) * itemsize
     taps = 2 * elements * branches * kernel * kernel
-    return Cost(moved, moved, taps * itemsize, 2 * taps, 3)
+    return Cost(moved, moved, moved, taps * itemsize, 2 * taps, 3)
 
 
 def vit_operations(tokens: int, width: int = 384, blocks: int = 12) -> int:
@@ -141,33 +161,12 @@ def vit_operations(tokens: int, width: int = 384, blocks: int = 12) -> int:
     return blocks * (24 * tokens * width * width + 4 * tokens * tokens * width)
 
 
-# --- GPUs, from public datasheets -------------------------------------------------------------------------------------
+# --- GPUs -------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """Rates from the vendor's public datasheet or architecture paper."""
-
-    name: str
-    memory_gb_per_s: float
-    l1_gb_per_s: float
-    """Units x bytes a clock x boost clock."""
-    fp32_tflops: float
-    bf16_tflops: float
-    """Dense matrix units, float32 accumulation."""
-    l2_mb: int
-    """Last cache before the memory."""
-    memory_gb: int
-    l1_source: str
-
-
-GPUS = (
-    Gpu("RTX 3090", 936, 17_800, 35.6, 71, 6, 24, "82 x 128 B x 1.70 GHz"),
-    Gpu("A100 80GB", 2_039, 19_500, 19.5, 312, 40, 80, "108 x 128 B x 1.41 GHz"),
-    Gpu("H100 SXM", 3_350, 33_500, 67, 989, 50, 80, "132 x 128 B x 1.98 GHz"),
-    Gpu("H200", 4_800, 33_500, 67, 989, 50, 141, "132 x 128 B x 1.98 GHz"),
-    Gpu("MI300X", 5_300, 40_900, 163.4, 1_307, 256, 192, "304 x 64 B x 2.10 GHz"),
-)
+GPUS = tuple(gpus.GPUS.values())
+SHOWN = gpus.GPUS["H200"]
+"""Whose counts and bound the tables show."""
 KERNEL_EFFICIENCY = 0.7
 """Assumed share of the tighter ceiling that the kernels reach: the target, not a measurement."""
 LAUNCH_S = 4e-6
@@ -176,27 +175,34 @@ LIBRARY_EFFICIENCY = 0.8
 """Assumed share of the memory bandwidth that PyTorch's own elementwise kernels reach."""
 
 
+def terms(cost: Cost, gpu: Gpu) -> dict[str, float]:
+    """Return the seconds that each of an operator's counts would take alone."""
+    rates = {
+        "memory": cost.device_bytes / gpu.memory_bytes_per_s,
+        "L2": cost.l2_bytes / gpu.l2_bytes_per_s,
+        "L1": cost.cache_bytes / gpu.l1_bytes_per_s,
+        "arithmetic": cost.operations / gpu.fp32_flops,
+    }
+    return {name: seconds / KERNEL_EFFICIENCY for name, seconds in rates.items()} | {
+        "launches": cost.launches * LAUNCH_S
+    }
+
+
 def predicted_seconds(cost: Cost, gpu: Gpu) -> float:
     """Predict the time of an operator on a GPU."""
-    memory = cost.device_bytes / (gpu.memory_gb_per_s * 1e9)
-    cache = cost.cache_bytes / (gpu.l1_gb_per_s * 1e9)
-    arithmetic = cost.operations / (gpu.fp32_tflops * 1e12)
-    return max(memory, cache, arithmetic) / KERNEL_EFFICIENCY + cost.launches * LAUNCH_S
+    found = terms(cost, gpu)
+    launches = found.pop("launches")
+    return max(found.values()) + launches
 
 
 def bound_by(cost: Cost, gpu: Gpu) -> str:
     """Name the largest term of the prediction."""
-    terms = {
-        "memory": cost.device_bytes / (gpu.memory_gb_per_s * 1e9) / KERNEL_EFFICIENCY,
-        "L1": cost.cache_bytes / (gpu.l1_gb_per_s * 1e9) / KERNEL_EFFICIENCY,
-        "arithmetic": cost.operations / (gpu.fp32_tflops * 1e12) / KERNEL_EFFICIENCY,
-        "launches": cost.launches * LAUNCH_S,
-    }
-    return max(terms, key=terms.__getitem__)
+    found = terms(cost, gpu)
+    return max(found, key=found.__getitem__)
 
 
-REFINE_WORKLOADS = {case.name: (*case.shape, case.neighbours, case.num_iter) for case in cases.CASES}
-"""Name to B, C, H, W, P, T."""
+REFINE_WORKLOADS = {case.name: (*case.shape, case.dilations, case.num_iter) for case in cases.CASES}
+"""Name to B, C, H, W, dilations, T."""
 ASPP_WORKLOADS = {
     # name: B, C, H, W, R
     "vit 20x20": (32, 384, 20, 20, 4),
@@ -306,7 +312,11 @@ class Cluster:
     """Data-loader processes of each GPU."""
 
 
-CLUSTERS = (Cluster(GPUS[0], 6, 10, 8), Cluster(GPUS[1], 64, 20, 8), Cluster(GPUS[2], 64, 40, 8))
+CLUSTERS = (
+    Cluster(gpus.GPUS["3090"], 6, 10, 8),
+    Cluster(gpus.GPUS["A100"], 64, 20, 8),
+    Cluster(gpus.GPUS["H100"], 64, 40, 8),
+)
 MATRIX_EFFICIENCY = 0.4
 """Assumed share of the matrix rate that the ViT's layers reach."""
 LAUNCHES_A_STEP = 1_500
@@ -378,7 +388,7 @@ def loader_rate(files: Sequence[tuple[str, Sequence[Result]]]) -> float:
 def predict_run(classes: int, cluster: Cluster, images_per_worker_s: float = IMAGES_PER_WORKER_S) -> RunPrediction:
     """Predict the hours of the paper's COCO run, networks in bfloat16, with `classes` channels to refine."""
     gpu, hour = cluster.gpu, 3600.0
-    rate = MATRIX_EFFICIENCY * gpu.bf16_tflops * 1e12
+    rate = MATRIX_EFFICIENCY * gpu.bf16_flops
     steps = math.ceil(COCO_IMAGES / BATCH)
     share = BATCH / cluster.count
     # Frozen blocks once; the last block by the student forward and backward and by the teacher; the same for the
@@ -389,7 +399,7 @@ def predict_run(classes: int, cluster: Cluster, images_per_worker_s: float = IMA
         + 4 * vit_operations(CROP_TOKENS + classes, blocks=2)
     )
     network = EPOCHS * steps * share * image_operations / rate
-    cost = refine_cost(max(1, round(share)), classes, 80, 80, 48, 10, l2_bytes=gpu.l2_mb << 20)
+    cost = refine_cost(max(1, round(share)), classes, 80, 80, cases.SIX, 10, l2_bytes=gpu.l2_bytes)
     refinement = EPOCHS * steps * predicted_seconds(cost, gpu)
     ring = 2 * (cluster.count - 1) / cluster.count * 4 * TRAINABLE_PARAMETERS / (cluster.allreduce_gb_per_s * 1e9)
     crops = BANK_WINDOWS * BANK_KEPT
@@ -424,15 +434,17 @@ def _milliseconds(seconds: float) -> str:
 def _operator_lines(workloads: dict[str, tuple], cost: Callable[..., Cost]) -> Iterable[list[str]]:
     for name, sizes in workloads.items():
         costs = [cost(gpu, *sizes) for gpu in GPUS]
+        shown = costs[GPUS.index(SHOWN)]
         yield [
             name,
-            ",".join(map(str, sizes)),
-            number(costs[3].floor_bytes / 1e6),
-            number(costs[3].cache_bytes / 1e9),
-            number(costs[3].operations / 1e9),
-            str(costs[3].launches),
+            ", ".join(map(str, sizes)),
+            number(shown.floor_bytes / 1e6),
+            number(shown.cache_bytes / 1e9),
+            number(shown.l2_bytes / 1e9),
+            number(shown.operations / 1e9),
+            str(shown.launches),
             *(_milliseconds(predicted_seconds(c, gpu)) for c, gpu in zip(costs, GPUS, strict=True)),
-            bound_by(costs[3], GPUS[3]),
+            bound_by(shown, SHOWN),
         ]
 
 
@@ -440,34 +452,35 @@ def page(files: Sequence[tuple[str, Sequence[Result]]]) -> str:
     """Return the text between the markers of NOTES.md."""
     lines = ["### Rates used", ""]
     lines += [
-        "From public datasheets and architecture papers. L1: units x bytes a clock x boost clock; L2 of MI300X: its "
-        f"Infinity Cache. Assumed: kernels reach {KERNEL_EFFICIENCY:.0%} of the tighter ceiling (the target), a "
-        f"launch takes {LAUNCH_S * 1e6:.0f} us, PyTorch's elementwise kernels reach {LIBRARY_EFFICIENCY:.0%} of the "
-        f"bandwidth, the ViT's layers {MATRIX_EFFICIENCY:.0%} of the matrix rate.",
+        "From public datasheets and architecture papers, except for L2, which is assumed (of MI300X: its Infinity "
+        "Cache), and an H100's clock (sustained). Assumed: "
+        f"kernels reach {KERNEL_EFFICIENCY:.0%} of the tighter ceiling (the "
+        f"target), a launch takes {LAUNCH_S * 1e6:.0f} us, PyTorch's elementwise kernels reach "
+        f"{LIBRARY_EFFICIENCY:.0%} of the bandwidth, the ViT's layers {MATRIX_EFFICIENCY:.0%} of the matrix rate.",
         "",
     ]
     lines += _table(
-        ["GPU", "memory, GB/s", "L1, GB/s", "L1 from", "fp32, TFLOP/s", "bf16 matrix, TFLOP/s", "L2, MB", "memory, GB"],
+        ["GPU", "memory, GB/s", "L2, GB/s", "L1, GB/s", "L1 from", "fp32, TFLOP/s", "bf16 matrix, TFLOP/s", "L2, MB"],
         (
             [
                 g.name,
-                f"{g.memory_gb_per_s:g}",
-                f"{g.l1_gb_per_s:g}",
-                g.l1_source,
-                f"{g.fp32_tflops:g}",
-                f"{g.bf16_tflops:g}",
-                str(g.l2_mb),
-                str(g.memory_gb),
+                f"{g.memory_bytes_per_s / 1e9:.0f}",
+                f"{g.l2_bytes_per_s / 1e9:.0f}",
+                f"{g.l1_bytes_per_s / 1e9:.0f}",
+                f"{g.multiprocessors} x {g.l1_bytes_per_clock} B x {g.clock_hz / 1e9:g} GHz",
+                f"{g.fp32_flops / 1e12:g}",
+                f"{g.bf16_flops / 1e12:g}",
+                str(g.l2_bytes >> 20),
             ]
             for g in GPUS
         ),
     )
     names = [f"{gpu.name}, ms" for gpu in GPUS]
-    counts = ["floor, MB", "L1 loads, GB", "GFLOP", "launches"]
+    counts = ["floor, MB", "L1 loads, GB", "L2, GB", "GFLOP", "launches"]
     lines += ["### Refinement: counts and predictions (float32; nothing here was measured)", ""]
     lines += _table(
-        ["workload", "B,C,H,W,P,T", *counts, *names, "bound by (H200)"],
-        _operator_lines(REFINE_WORKLOADS, lambda gpu, *sizes: refine_cost(*sizes, l2_bytes=gpu.l2_mb << 20)),
+        ["workload", "B,C,H,W,dilations,T", *counts, *names, "bound by (H200)"],
+        _operator_lines(REFINE_WORKLOADS, lambda gpu, *sizes: refine_cost(*sizes, l2_bytes=gpu.l2_bytes)),
     )
     lines += [
         "The implementation that is pasted from repository to repository moves six passes over B·C·P·H·W elements in "
@@ -493,14 +506,16 @@ def page(files: Sequence[tuple[str, Sequence[Result]]]) -> str:
 
 
 def _materialising(gpu: Gpu, sizes: tuple) -> str:
-    batch, channels, height, width, neighbours, num_iter = sizes
+    batch, channels, height, width, dilations, num_iter = sizes
+    neighbours = 8 * len(dilations)
     # Product and concatenation exist together, and the convolutions' results until the concatenation is done.
-    if 2 * 4 * batch * channels * neighbours * height * width > gpu.memory_gb * 1e9:
+    if 2 * 4 * batch * channels * neighbours * height * width > gpu.memory_bytes:
         return "out of memory"
     # A pad and a convolution for each dilation, then concatenation, product and sum.
-    launches = num_iter * (2 * neighbours // 8 + 3) * LAUNCH_S
-    seconds = max(materialising_bytes(*sizes) / (LIBRARY_EFFICIENCY * gpu.memory_gb_per_s * 1e9), launches)
-    ours = predicted_seconds(refine_cost(*sizes, l2_bytes=gpu.l2_mb << 20), gpu)
+    launches = num_iter * (2 * len(dilations) + 3) * LAUNCH_S
+    seconds = materialising_bytes(batch, channels, height, width, neighbours, num_iter)
+    seconds = max(seconds / (LIBRARY_EFFICIENCY * gpu.memory_bytes_per_s), launches)
+    ours = predicted_seconds(refine_cost(*sizes, l2_bytes=gpu.l2_bytes), gpu)
     return f"{_milliseconds(seconds)} ms, {number(seconds / ours, 2)}x"
 
 
@@ -597,7 +612,7 @@ def replace_between(text: str, section: str) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.cost_model",
+        prog="python -m benchmarks.modelling.cost_model",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -614,7 +629,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     after = replace_between(before, text)
     if arguments.check:
         if before != after:
-            print("NOTES.md is not what the results give: run python -m benchmarks.cost_model --write")
+            print("NOTES.md is not what the results give: run python -m benchmarks.modelling.cost_model --write")
         return int(before != after)
     arguments.notes.write_text(after, encoding="utf-8")
     return 0

@@ -1,0 +1,123 @@
+"""Compile every variant that the operators can select, for one instruction set, and name those that spill registers.
+
+    python -m benchmarks.modelling.spills                       # all instruction sets, one after another
+    python -m benchmarks.modelling.spills --capability 86 --lists 6
+
+Lists of one to eight dilations, guides of 1, 3 and 4 channels, exact and fast, flags, anchors, both gradients; and the
+convolution on maps of random sizes. Exit status 1 if something spills.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+from collections.abc import Callable, Iterator, Sequence
+
+from benchmarks.modelling import machine_code, stub
+
+CAPABILITIES = (90, 80, 86, 89, 100, 120)
+LISTS = ((3,), (8, 16), (1, 2, 4), (1, 2, 4, 8), (1, 2, 4, 8, 16), (1, 2, 4, 8, 12, 24), (1, 2, 3, 4, 5, 6, 7))
+LISTS = (*LISTS, (1, 2, 4, 8, 12, 24, 32, 64))
+
+
+def calls(lists: Sequence[int], maps: int) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Yield a name and a call for every variant."""
+    import torch
+
+    from dmsa_kernels import local_affinity, multi_dilation_dwconv, propagate
+
+    height, width = 96, 320  # several of every tile
+    for count in lists:
+        dilations = list(LISTS[count - 1])
+        for precision in ("exact", "fast"):
+            for guide in (1, 3, 4):
+                image = torch.empty(2, guide, height, width)
+                yield (
+                    f"{count} dilations, guide {guide}, {precision}",
+                    lambda i=image, d=dilations, p=precision: local_affinity(i, d, precision=p),
+                )
+            affinity = local_affinity(torch.empty(2, 3, height, width), dilations, precision=precision)
+            for classes in (2, 3, 21, 24):
+                for flags in ("", "valid", "anchor"):
+                    masks = torch.empty(2, classes, height, width)
+                    extra = {}
+                    if flags == "valid":
+                        extra["valid_classes"] = torch.ones(2, classes, dtype=torch.bool)
+                    if flags == "anchor":
+                        extra["anchor"] = 0.5
+
+                    def run(affinity=affinity, masks=masks, extra=extra) -> object:
+                        return propagate(affinity, masks, 2, **extra)
+
+                    yield f"{count} dilations, {classes} classes {flags}, {precision}", run
+                    if precision == "exact" and classes < 24:
+
+                        def gradients(dilations=dilations, masks=masks, extra=extra) -> object:
+                            image = torch.empty(2, 3, height, width, requires_grad=True)
+                            leaf = masks.clone().requires_grad_()
+                            out = propagate(local_affinity(image, dilations), leaf, 2, **extra)
+                            return torch.autograd.grad(out, (leaf, image), torch.empty_like(out))
+
+                        yield f"{count} dilations, {classes} classes {flags}, gradients", gradients
+    draw = random.Random(0)
+    for _ in range(maps):
+        shape = draw.choice((1, 2, 4)), draw.choice((1, 31, 256, 384)), draw.randint(14, 130), draw.randint(14, 130)
+        dtype, kernel = draw.choice((torch.float32, torch.bfloat16)), draw.choice((3, 3, 5, 7))
+        x = torch.empty(shape, dtype=dtype)
+        if draw.random() < 0.5:
+            x = x.contiguous(memory_format=torch.channels_last)
+        weight = torch.empty(4, shape[1], kernel, kernel, dtype=dtype)
+        rates = [draw.randint(1, 24) for _ in range(4)]
+
+        def convolve(x=x, weight=weight, rates=rates) -> object:
+            leaves = x.requires_grad_(), weight.requires_grad_()
+            out = multi_dilation_dwconv(*leaves, rates, reduce="concat")
+            return torch.autograd.grad(out, leaves, torch.empty_like(out))
+
+        yield f"convolution {shape} {dtype} k={kernel} strides {x.stride()}", convolve
+
+
+def spilling(lists: Sequence[int], maps: int) -> int:
+    """Print one JSON line a kernel that spills, and how many there are; over the stub."""
+    driver = stub.Driver()
+    seen: set[bytes] = set()
+    found = 0
+    for name, call in calls(lists, maps):
+        with driver.recording() as launches:
+            call()
+        for launch in launches:
+            if launch.cubin in seen:
+                continue
+            seen.add(launch.cubin)
+            code = machine_code.read(launch.cubin)
+            if code.stack or code.spills:
+                found += 1
+                constants = {k: v for k, v in launch.arguments.items() if k.isupper()}
+                report = {"call": name, "kernel": launch.name, "warps": launch.num_warps, "registers": code.registers}
+                print(json.dumps(report | {"spills": code.spills, "stack": code.stack, **constants}), flush=True)
+    print(f"sm_{driver.capability}: {len(seen)} kernels, {found} spill", flush=True)
+    return int(found > 0)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.modelling.spills",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--capability", nargs="+", type=int, choices=CAPABILITIES, default=CAPABILITIES)
+    parser.add_argument("--lists", nargs="*", type=int, default=range(1, 9), help="lengths of the dilation lists")
+    parser.add_argument("--maps", type=int, default=60, help="random maps of the convolution")
+    arguments = parser.parse_args(argv)
+    if stub.is_ready():
+        return spilling(arguments.lists, arguments.maps)
+    options = ["--lists", *map(str, arguments.lists), "--maps", str(arguments.maps)]
+    statuses = [stub.in_child(__spec__.name, options, capability=c) for c in arguments.capability]
+    return max(statuses)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
