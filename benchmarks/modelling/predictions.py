@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.measuring.cases import CASES
 from benchmarks.modelling import gpus, stub
-from benchmarks.modelling.model import Cost, Model, predict
+from benchmarks.modelling.model import UNITS, Cost, Model, predict
 from dmsa_kernels import multi_dilation_dwconv, refine
 
 CONVOLUTIONS = {
@@ -88,13 +88,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     driver = stub.Driver()
     model = Model(gpus.GPUS[arguments.gpu], driver.folder)
+    bare = driver.bare_launch_seconds()
     for family in (refinements, convolutions):
         for name, costs, host, launches in family(driver, model, arguments.match):
             prediction = predict(costs, host)
-            row = {"gpu": arguments.gpu, "row": name, **asdict(prediction), "stub_host_s": host, "launches": launches}
-            row["by_unit"] = {
-                u: sum(c.seconds.get(u, 0.0) for c in costs) for u in ("issue", "integer", "L1", "L2", "memory")
-            }
+            row = {"gpu": arguments.gpu, "row": name, **asdict(prediction), "launches": launches, "stub_host_s": host}
+            row["bare_launch_s"] = bare
+            row["units_s"] = {unit: sum(c.seconds.get(unit, 0.0) for c in costs) for unit in UNITS}
+            row["kernels"] = {c.name: {"registers": c.registers, "spills": c.spills} for c in costs}
             print(json.dumps(row), flush=True)
     return 0
 

@@ -157,6 +157,15 @@ class Driver:
         function()
         return self._library.stub_launches() - before
 
+    def bare_launch_seconds(self) -> float:
+        """Return the host time of launching a kernel with one argument through Triton's JIT."""
+        import torch
+
+        from benchmarks.modelling.bare import bare_kernel
+
+        tensor = torch.empty(1)
+        return self.host_seconds(lambda: bare_kernel[(1,)](tensor, num_warps=1), calls=100)
+
     def host_seconds(self, function: Callable[[], object], calls: int = 30, rounds: int = 11) -> float:
         """Return the processor time of a call after the first two: the least mean of ``calls`` over ``rounds``."""
         function()

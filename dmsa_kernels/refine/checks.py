@@ -46,7 +46,7 @@ def check_dilations(dilations: Sequence[int]) -> list[int]:
         raise TypeError(f"{dilations=} must be a sequence of positive integers, such as [1, 2, 4, 8, 12, 24]")
     checked = []
     for dilation in dilations:
-        if isinstance(dilation, bool) or not hasattr(dilation, "__index__"):
+        if type(dilation) is not int and (isinstance(dilation, bool) or not hasattr(dilation, "__index__")):
             raise TypeError(f"{dilations=} must hold integers only, got {dilation!r}")
         checked.append(operator.index(dilation))
         if checked[-1] < 1:

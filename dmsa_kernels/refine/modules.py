@@ -6,6 +6,7 @@ What can be set or called there works here, or raises with what to do instead; n
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -43,6 +44,12 @@ def _overrides(module: nn.Module, own: Callable[..., Any]) -> bool:
     """Whether a method of this file is overridden in a subclass, or replaced on its class or on the instance."""
     replaced = getattr(type(module), own.__name__) is not own
     return replaced or (not is_compiling() and own.__name__ in vars(module))
+
+
+@functools.lru_cache(maxsize=64)
+def _with_constants(spec: AffinitySpec, alpha: float, eps: float, position_weight: float) -> AffinitySpec:
+    """Return ``spec`` with other constants; kept, because every call of a module asks for it."""
+    return dataclasses.replace(spec, alpha=alpha, eps=eps, position_weight=position_weight)
 
 
 class _Kernel(nn.Module):
@@ -224,7 +231,7 @@ class PAR(_WithNeighbours):
         w1, w2, eps = (presets.number(name, getattr(self, name)) for name in ("w1", "w2", "eps"))
         if not eps > 0:
             raise ValueError(f"{eps=} must be positive: flat regions divide by it")
-        return dataclasses.replace(self._spec, alpha=w1, eps=w1 * eps, position_weight=w2)
+        return _with_constants(self._spec, w1, w1 * eps, w2)
 
     def get_pos(self) -> Tensor:
         """The distances of the P neighbours in pixels, ``[1, 1, P, 1, 1]``."""

@@ -6,6 +6,7 @@ no autocast policy: an operator gets its tensors as they are and computes in flo
 
 from __future__ import annotations
 
+import functools
 import importlib
 from types import ModuleType
 
@@ -29,6 +30,11 @@ def _implementation(backend: str, launcher: str, *tensors: Tensor) -> ModuleType
         return eager
     if name == "reference":
         return reference
+    return _kernels(launcher)
+
+
+@functools.cache
+def _kernels(launcher: str) -> ModuleType:
     return importlib.import_module(f"dmsa_kernels.refine.triton.{launcher}")
 
 

@@ -20,6 +20,8 @@ def number(name: str, value: Any) -> float:
     Raises:
         TypeError: anything else; the message names it.
     """
+    if type(value) is float or type(value) is int:
+        return value
     if isinstance(value, torch.Tensor) and value.numel() == 1 and not value.dtype.is_complex:
         if value.requires_grad and torch.is_grad_enabled():
             raise TypeError(

@@ -1,0 +1,88 @@
+"""The model that needs no GPU: its parts by hand, and one row of it over the stub."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.modelling import gpus, machine_code, stub
+from benchmarks.modelling.model import Cost, predict
+
+pytest.importorskip("triton", reason="the model reads what Triton compiles")
+needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="the stub is compiled by cc")
+
+USAGE = "Function f:\n  REG:48 STACK:8 SHARED:1024 LOCAL:0 CONSTANT[0]:648\n"
+CODE = """
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+.L_x_1:
+        /*0010*/              @!P0 LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0020*/                   FFMA R8, R4, R5, R8 ;
+        /*0030*/                   ISETP.GE.AND P0, PT, R1, R2, PT ;
+        /*0040*/              @!P0 BRA `(.L_x_1) ;
+        /*0050*/                   STL.64 [R1], R4 ;
+        /*0060*/                   EXIT ;
+.L_x_2:
+        /*0070*/                   BRA `(.L_x_2);
+        /*0080*/                   NOP;
+"""
+
+
+def test_a_disassembly_is_read():
+    code = machine_code.parse_code(USAGE, CODE)
+    assert (code.registers, code.stack, code.spills) == (48, 8, 1)
+    assert dict(code.loop) == {"load128": 1, "fp32": 1, "predicate": 1, "control": 1}
+    assert sum(code.total.values()) == 7  # without the padding
+    assert dict(code.outside) == {"constant": 1, "spill": 1, "control": 1}
+    with pytest.raises(ValueError, match="no resource usage"):
+        machine_code.parse_usage("")
+
+
+def test_warps_that_fit_by_registers():
+    h100, ampere = gpus.GPUS["H100"], gpus.GPUS["3090"]
+    assert h100.resident_warps(128, 8) == 16
+    assert h100.resident_warps(129, 8) == 8
+    assert h100.resident_warps(32, 8) == 64
+    assert ampere.resident_warps(32, 8) == 48
+
+
+def test_a_prediction_adds_launches_and_names_the_longest():
+    cost = Cost("kernel", {"L1": 1e-5, "L2": 2e-5}, 1.5, 100, 0, taps_s=1e-5)
+    found = predict([cost, cost], stub_host_s=1e-6)
+    assert found.device_s == pytest.approx(2 * 3e-5 + 2 * gpus.LAUNCH_GAP_S)
+    assert found.bound == "L2"
+    assert found.share == pytest.approx(2e-5 / found.device_s)
+    assert predict([cost], stub_host_s=1.0).bound == "host"
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    return stub.prepare(tmp_path_factory.mktemp("stub"))
+
+
+@needs_compiler
+def test_a_map_that_fits_is_delivered_once(environment):
+    """32 x 32 pixels of 16 bytes, one tile: every sector of the map once, and the weights of its pixels."""
+    program = Path(environment["STUB_FOLDER"]) / "cache"
+    for weight, expected in ((4, 16 + 8 * 4), (2, 16 + 8 * 2)):
+        arguments = (32, 32, 1, 16, weight, 32, 32, 1, 1, 1 << 20, 1, 1)
+        found = subprocess.run([program, *map(str, arguments)], capture_output=True, text=True, check=True)
+        assert float(found.stdout) == pytest.approx(expected, abs=0.1)
+
+
+@needs_compiler
+def test_a_training_call_over_the_stub(environment):
+    """Launches, spills, registers and host time of the refinement of AFA and ToCo, in one process."""
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.modelling.predictions", "--match", "afa_train exact"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert run.returncode == 0, run.stderr[-4000:]
+    (row,) = map(json.loads, run.stdout.splitlines())
+    assert row["launches"] == 11
+    assert row["spills"] == 0
+    assert row["kernels"]["propagate_fwd_kernel"]["registers"] <= 128  # sixteen warps
+    # all eleven, and everything public around them, against as many of the least launches there are
+    assert row["stub_host_s"] < 2 * row["launches"] * row["bare_launch_s"], row
