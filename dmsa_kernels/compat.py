@@ -146,9 +146,13 @@ def direct_launch(compiled: Any, grid: int) -> Callable[[int, tuple], None] | No
     Returns:
         None where the C function's arguments are not known (before Triton 3.8, on ROCm), or the kernel needs more.
     """
+    if compiled is None or (triton_version() or OLDEST_TRITON) < (3, 8):
+        return None
+    from triton.backends.nvidia.driver import CudaLauncher
+
+    launcher = compiled.run
     names = ("launch", "arg_annotations", "kernel_signature", "launch_cooperative_grid", "launch_pdl")
-    launcher = None if compiled is None or (triton_version() or OLDEST_TRITON) < (3, 8) else compiled.run
-    if not all(hasattr(launcher, name) for name in names):
+    if not isinstance(launcher, CudaLauncher) or not all(hasattr(launcher, name) for name in names):
         return None
     if any(getattr(launcher, name, 0) for name in ("global_scratch_size", "profile_scratch_size", "gsan_enabled")):
         return None

@@ -128,10 +128,7 @@ class Plan:
         ready: list[_Ready] = []
         with compat.no_compilation(_UNCOMPILED) if _is_capturing(device) else contextlib.nullcontext():
             for kernel, grid, pointers, arguments, options in self._launches:
-                views = {
-                    name: _view_of(owners[owner], view)
-                    for name, (owner, view) in zip(kernel.arg_names, pointers, strict=False)
-                }
+                views = {name: _view_of(owners[owner], view) for name, (owner, view) in zip(kernel.arg_names, pointers)}
                 compiled = kernel[(grid,)](**views, **arguments, **options)
                 launch = compat.direct_launch(compiled, grid)
                 if launch is not None:
