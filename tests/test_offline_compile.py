@@ -8,6 +8,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from collections.abc import Sequence
 
 import pytest
 
@@ -16,6 +17,7 @@ from tests import offline
 
 pytest.importorskip("triton", reason="the offline compiler is Triton")
 WORKERS = 2
+SMALLEST = ("local_affinity_fwd fp32->fp32 (1,)", "dwconv_fwd concat fp32 nchw")
 
 USAGE = "Function f:\n  REG:48 STACK:8 SHARED:1024 LOCAL:0 CONSTANT[0]:648\n"
 SASS = """
@@ -28,21 +30,20 @@ SASS = """
 """
 
 
-@pytest.fixture(scope="module")
-def reports(tmp_path_factory) -> list[dict]:
-    """Compile everything in processes of their own: under TRITON_INTERPRET this process has interpreted kernels."""
+def compiled(cache: pathlib.Path, *shares: Sequence[str]) -> list[dict]:
+    """Compile in processes of their own: under TRITON_INTERPRET this process has interpreted kernels."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    environment["TRITON_CACHE_DIR"] = str(cache)
     processes = [
         subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "tests.offline", "--share", f"{index}/{WORKERS}"],
+            [sys.executable, "-W", "ignore", "-m", "tests.offline", *arguments],
             cwd=pathlib.Path(__file__).parents[1],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for index in range(WORKERS)
+        for arguments in shares
     ]
     found = []
     for process in processes:
@@ -52,6 +53,20 @@ def reports(tmp_path_factory) -> list[dict]:
     return found
 
 
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory) -> list[dict]:
+    """Every case for every target."""
+    return compiled(tmp_path_factory.mktemp("triton"), *(["--share", f"{index}/{WORKERS}"] for index in range(WORKERS)))
+
+
+def test_a_kernel_of_each_family_compiles(tmp_path):
+    shares = (["--targets", "sm_90", "--match", name] for name in SMALLEST)
+    found = compiled(tmp_path, *shares)
+    assert len(found) >= len(SMALLEST)
+    assert not any(report["stack"] or report["local"] or report["spills"] for report in found)
+
+
+@pytest.mark.slow
 def test_no_kernel_spills(reports):
     spilling = [
         f"{r['case']} on {r['target']}: {r['registers']} registers, {r['stack']} bytes of stack, {r['spills']} spills"
@@ -61,12 +76,14 @@ def test_no_kernel_spills(reports):
     assert not spilling, "\n".join(spilling)
 
 
+@pytest.mark.slow
 def test_every_target_is_compiled(reports):
     targets = collections.Counter(r["target"] for r in reports)
     assert set(targets) == set(offline.TARGETS)
     assert all(count >= 15 for count in targets.values()), targets
 
 
+@pytest.mark.slow
 def test_every_configuration_is_compiled(reports):
     compiled = [r["case"] for r in reports if r["target"] == "sm_90"]
     for kernel, candidates in tuning._CONFIGS.items():
@@ -74,6 +91,7 @@ def test_every_configuration_is_compiled(reports):
             assert any(kernel in case and str(config) in case for case in compiled), (kernel, config)
 
 
+@pytest.mark.slow
 def test_taps_are_loaded_sixteen_bytes_at_a_time(reports):
     for report in reports:
         if report["case"].startswith(("propagate_fwd exact (", "propagate_fwd fast (")) and "sm_" in report["target"]:

@@ -110,6 +110,7 @@ def test_cam_labels_leave_the_generator_and_the_grid_alone(setting):
     assert labels.max() <= 6
 
 
+@pytest.mark.slow
 def test_dmsa_plus_starts_from_better_labels_than_the_clusterings():
     from dmsa.config import resolve_method
     from dmsa.labels.clustering import cluster

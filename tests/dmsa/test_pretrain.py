@@ -413,6 +413,7 @@ def test_resume_is_bit_identical(recipe, photos, strong, tmp_path):
     assert all(math.isfinite(line["loss"]) for line in lines)
 
 
+@pytest.mark.slow
 def test_formula_learns_names(tmp_path, monkeypatch):
     monkeypatch.setattr("dmsa.pretrain.formula.NAMES_FIRST", 1.0)  # what comes then is another task with other losses
     torch.manual_seed(0)
@@ -576,6 +577,7 @@ def test_report_on_photographs(tmp_path, strong):
     assert report["trained_photos"] == json.loads((tmp_path / "run/report.json").read_text())["trained_photos"]
 
 
+@pytest.mark.slow
 def test_shipped_weights_are_small_and_better_than_none():
     from safetensors.torch import load_file
 

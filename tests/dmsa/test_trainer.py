@@ -135,14 +135,15 @@ def test_more_epochs_go_on_as_if_never_stopped(finished, tmp_path):
     assert_same_runs(finished[0], tmp_path / "run")
 
 
-def test_killed_before_any_file_operation_and_resumed(finished, tmp_path):
+@pytest.mark.parametrize("more", [3, pytest.param(16, marks=pytest.mark.slow)])
+def test_killed_before_any_file_operation_and_resumed(tmp_path, more):
     """SIGKILL just before file operations of every kind: the bank, metrics, checkpoints half written, best, panels."""
     draw = random.Random(0)
-    plan = [{"operation": n} for n in (4, 7, 9, *(draw.randrange(2, 45) for _ in range(16)))]
-    plan += [{"seconds": draw.uniform(0.05, 0.8)} for _ in range(4)]
+    plan = [{"operation": n} for n in (4, 7, 9, *(draw.randrange(2, 45) for _ in range(more)))]
+    plan += [{"seconds": draw.uniform(0.05, 0.8)} for _ in range(more // 4)]
     results = attempts(tmp_path / "run", [*plan, None])
     reference = attempts(tmp_path / "reference", [None])
-    assert sum(result["statuses"] == [-9] for result in results) >= 8
+    assert sum(result["statuses"] == [-9] for result in results) >= more // 2
     assert results[-1]["statuses"] == reference[0]["statuses"] == [0]
     assert_same_runs(tmp_path / "reference", tmp_path / "run")
     assert not list((tmp_path / "run").rglob(".*.tmp*"))
@@ -576,9 +577,13 @@ def test_refinement_stays_in_full_precision(tmp_path, monkeypatch):
     assert seen == [(torch.float32, torch.float32)]
 
 
-def test_deterministic_run(tmp_path):
-    results = attempts(tmp_path / "run", [None], deterministic=True, epochs=1)
-    assert results[0]["statuses"] == [0], results[0]["log"][-2000:]
+def test_deterministic_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # set by the run, taken back with the test
+    try:
+        train(tiny_config(tmp_path / "run", deterministic=True, epochs=1), ["train.py"])
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_compiled_run(tmp_path, monkeypatch):
