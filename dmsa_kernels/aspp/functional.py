@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from dmsa_kernels.aspp import ops
 from dmsa_kernels.backend import BACKENDS
-from dmsa_kernels.compat import autocast_dtype
+from dmsa_kernels.compat import autocast_dtype, tangent
 
 KERNEL_SIZES = (3, 5, 7)
 REDUCTIONS = ("stack", "concat", "sum")
@@ -46,7 +48,8 @@ def multi_dilation_dwconv(
         float64), in the memory layout of ``x``: channels first, or channels last where the channels of ``x`` lie
         next to one another in memory.
 
-    Differentiable once in ``x``, ``weight`` and ``bias``; the gradients are deterministic.
+    Differentiable once in ``x``, ``weight`` and ``bias``, in reverse mode and in forward mode (``torch.func.jvp``); the
+    gradients are deterministic.
 
     Raises:
         TypeError: an argument is not a tensor of these dtypes, the dtypes differ outside autocast, or ``dilations`` are
@@ -60,8 +63,19 @@ def multi_dilation_dwconv(
         raise ValueError(f"{reduce=} is not one of {', '.join(REDUCTIONS)}")
     if backend not in BACKENDS:
         raise ValueError(f"{backend=} is not one of {', '.join(BACKENDS)}")
+    joined = "sum" if reduce == "sum" else "concat"
+
+    def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return ops.multi_dilation_dwconv(x, weight, bias, dilations, joined, backend)
+
     tensors = _under_autocast(x, weight, bias)
-    out = ops.multi_dilation_dwconv(*tensors, dilations, "sum" if reduce == "sum" else "concat", backend)
+    (x, weight, bias), (d_x, d_weight, d_bias) = _unpack(tensors)
+    terms = []
+    if d_x is not None:
+        terms.append(convolve(d_x, weight, None))
+    if d_weight is not None or d_bias is not None:
+        terms.append(convolve(x, torch.zeros_like(weight) if d_weight is None else d_weight, d_bias))
+    out = _pack(convolve(x, weight, bias), terms)
     if reduce == "stack":
         return out.unflatten(1, (weight.shape[0], weight.shape[1]))  # [B, R, C, H, W]
     return out
@@ -96,7 +110,7 @@ def fused_dwconv_project(
     Returns:
         ``[B, O, H, W]`` in the dtype (under autocast, the autocast dtype) and memory layout of ``x``.
 
-    Differentiable once in every tensor.
+    Differentiable once in every tensor, in reverse and in forward mode.
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`multi_dilation_dwconv`, and for ``projection`` and ``offset``.
@@ -106,8 +120,41 @@ def fused_dwconv_project(
     check_projection(x, weight, projection, offset)
     if backend not in BACKENDS:
         raise ValueError(f"{backend=} is not one of {', '.join(BACKENDS)}")
+
+    def project(x: Tensor, weight: Tensor, bias: Tensor | None, projection: Tensor, offset: Tensor | None) -> Tensor:
+        return ops.fused_dwconv_project(x, weight, bias, projection, offset, dilations, backend)
+
     tensors = _under_autocast(x, weight, bias, projection, offset)
-    return ops.fused_dwconv_project(*tensors, dilations, backend)
+    (x, weight, bias, projection, offset), (d_x, d_weight, d_bias, d_projection, d_offset) = _unpack(tensors)
+    terms = []
+    if d_x is not None:
+        terms.append(project(d_x, weight, None, projection, None))
+    if d_weight is not None or d_bias is not None:
+        d_weight = torch.zeros_like(weight) if d_weight is None else d_weight
+        terms.append(project(x, d_weight, d_bias, projection, None))
+    if d_projection is not None:
+        terms.append(project(x, weight, bias, d_projection, None))
+    if d_offset is not None:
+        terms.append(d_offset[:, :, None, None])
+    return _pack(project(x, weight, bias, projection, offset), terms)
+
+
+def _unpack(tensors: Sequence[Tensor | None]) -> tuple[list[Any], list[Tensor | None]]:
+    """The tensors without their forward-mode derivatives, and these: an operator would drop them without a word."""
+    tangents = [None if tensor is None else tangent(tensor) for tensor in tensors]
+    if all(derivative is None for derivative in tangents):
+        return list(tensors), tangents
+    return [None if tensor is None else forward_ad.unpack_dual(tensor).primal for tensor in tensors], tangents
+
+
+def _pack(primal: Tensor, terms: Sequence[Tensor]) -> Tensor:
+    """The result with its derivative, the sum of the terms: the operators are linear in each of their tensors."""
+    if not terms:
+        return primal
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return forward_ad.make_dual(primal, total.expand_as(primal))
 
 
 def _under_autocast(*tensors: Tensor | None) -> list[Tensor | None]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dmsa_kernels.aspp.layout import empty_map
 from dmsa_kernels.backend import resolve
-from dmsa_kernels.compat import operator, without_autocast
+from dmsa_kernels.compat import operator, tangent, without_autocast
 
 
 def _implementation(backend: str) -> ModuleType:
@@ -49,6 +49,7 @@ def _forward_setup(ctx, inputs, output):
 
 def _forward_autograd(ctx, grad):
     x, weight = ctx.saved_tensors
+    _refuse_forward_over_reverse(grad)
     needs = ctx.needs_input_grad[:3]
     grads = multi_dilation_dwconv_backward(grad, x, weight, ctx.dilations, ctx.reduce, *needs, ctx.backend)
     return *_wanted(grads, needs), None, None, None
@@ -78,6 +79,14 @@ def _no_double_backward(ctx, *grads):
     raise RuntimeError("the multi-dilation depthwise convolution is differentiable once: use create_graph=False")
 
 
+def _refuse_forward_over_reverse(grad):
+    if tangent(grad) is not None:
+        raise RuntimeError(
+            "the multi-dilation depthwise convolution is differentiable once: its backward pass got a forward-mode"
+            " derivative (jvp of a gradient), which it would drop"
+        )
+
+
 def _project(x, weight, bias, projection, offset, dilations, backend):
     """Compute the projection ``[B, O, H, W]`` of the branches; on Triton they are never written to device memory."""
     tensors = x, weight, bias, projection, offset
@@ -102,6 +111,7 @@ def _project_setup(ctx, inputs, output):
 
 def _project_autograd(ctx, grad):
     x, weight, bias, projection = ctx.saved_tensors
+    _refuse_forward_over_reverse(grad)
     need_x, need_weight, need_bias, need_projection, need_offset = ctx.needs_input_grad[:5]
     need_branches = need_x or need_weight or need_bias
     grad_x = grad_weight = grad_bias = grad_projection = grad_offset = None

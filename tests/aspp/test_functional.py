@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from dmsa_kernels import multi_dilation_dwconv
 from dmsa_kernels.aspp import eager
@@ -317,3 +318,47 @@ def test_budget_catches_an_error_at_the_border_alone():
         assert_within_budget(bad, good, exact, "y", 1)
     assert set(regions(exact, 3)) == {"border"}
     assert regions(exact, 1)["interior"].numel() == 16
+
+
+@pytest.mark.parametrize("reduce", ["stack", "concat", "sum"])
+@pytest.mark.parametrize("leaves", ["x", "weight", "bias", "x weight bias"])
+def test_forward_mode_equals_the_library(reduce, leaves):
+    rates = [1, 3]
+    given = dict(zip(("x", "weight", "bias"), make((2, 3, 6, 5), rates, dtype=torch.float64), strict=True))
+    moving = {name: given[name] for name in leaves.split()}
+    steps = tuple(torch.randn_like(tensor) for tensor in moving.values())
+
+    def run(operator):
+        def at(*values):
+            return operator(**{**given, **dict(zip(moving, values, strict=True))}, reduce=reduce)
+
+        return torch.func.jvp(at, tuple(moving.values()), steps)
+
+    ours = run(lambda x, weight, bias, reduce: multi_dilation_dwconv(x, weight, rates, bias, reduce))
+    wanted = run(lambda x, weight, bias, reduce: plain(x, weight, rates, bias, reduce))
+    for got, exact in zip(ours, wanted, strict=True):
+        torch.testing.assert_close(got, exact)
+        assert exact.abs().max() > 0
+
+
+def test_jacobians_in_forward_and_reverse_mode_agree():
+    x, weight, _ = make((1, 2, 4, 4), [1, 2], dtype=torch.float64)
+
+    def plane(x):
+        return multi_dilation_dwconv(x, weight, [1, 2], reduce="sum")
+
+    reverse = torch.autograd.functional.jacobian(plane, x)
+    torch.testing.assert_close(torch.func.jacfwd(plane)(x), reverse)
+
+
+def test_forward_mode_under_autocast_and_over_reverse_mode():
+    x, weight, _ = make((1, 2, 4, 4), [1])
+    with torch.autocast("cpu", torch.bfloat16):
+        value, derivative = torch.func.jvp(lambda x: multi_dilation_dwconv(x, weight, [1]), (x,), (x,))
+    assert derivative.dtype == torch.bfloat16
+    assert torch.equal(derivative, value)  # linear, without a bias
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x.clone().requires_grad_(), x)
+        y = multi_dilation_dwconv(dual, weight, [1]).square().sum()
+        with pytest.raises(RuntimeError, match="differentiable once: its backward pass got a forward-mode derivative"):
+            torch.autograd.grad(y, dual)

@@ -256,3 +256,23 @@ def test_plans_suit_a_matrix_product(dtype, out_channels):
     for value in (plan.block_p, plan.block_c, plan.block_o):
         assert value == launch.power_of_two(value) >= 16
     assert plan.block_p * plan.block_o <= 64 * 32 * plan.num_warps
+
+
+def test_forward_mode_of_every_tensor():
+    leaves = [t.requires_grad_() for t in make_all((2, 2, 5, 4), [1, 2], 3, dtype=torch.float64)]
+
+    def project(x, weight, projection, bias, offset):
+        return fused_dwconv_project(x, weight, projection, [1, 2], bias, offset)
+
+    assert torch.autograd.gradcheck(project, leaves, check_forward_ad=True)
+
+
+@pytest.mark.parametrize("projection", ["fused", "unfused"])
+@pytest.mark.parametrize("pointwise_first", [True, False])
+def test_forward_mode_of_the_module(projection, pointwise_first):
+    module = DepthwiseASPP(
+        3, 4, (1, 2), pointwise_first=pointwise_first, norm=None, activation=None, projection=projection
+    )
+    x, step = torch.randn(2, 1, 3, 6, 5)
+    _, derivative = torch.func.jvp(module, (x,), (step,))
+    torch.testing.assert_close(derivative, module(step) - module(torch.zeros_like(step)), rtol=1e-4, atol=1e-5)
