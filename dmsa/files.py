@@ -16,6 +16,7 @@ def claim_outputs(
     *,
     inputs: Iterable[str | Path] = (),
     force: bool = False,
+    remedy: str = "--force replaces, or choose another --out",
 ) -> list[Path]:
     """Make `folder` and return the files `names` in it, once it is known that writing them harms nothing.
 
@@ -24,6 +25,7 @@ def claim_outputs(
         names: relative names of all files that will be written.
         inputs: files that are read, and must stay; `force` does not give them up.
         force: files that are there already may be replaced.
+        remedy: what the user may do about those, for the message.
 
     Raises:
         ValueError: two outputs have the same name, or one is an input; nothing was made.
@@ -41,7 +43,7 @@ def claim_outputs(
     if wrong := [str(path) for path in there if path.is_dir()]:
         raise FileExistsError(f"{_some(wrong)}: a folder, where a file is to be written; choose another --out")
     if there and not force:
-        raise FileExistsError(f"{_some(list(map(str, there)))}: there already; --force replaces, or another --out")
+        raise FileExistsError(f"{_some(list(map(str, there)))}: there already; {remedy}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

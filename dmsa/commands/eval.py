@@ -109,7 +109,7 @@ def _run(options: EvalOptions) -> Report:
 
 def _wanted(options: EvalOptions, config: DataConfig, seed: int) -> tuple[SegmentationData, Protocol]:
     """Return the validation set and the protocol: those of `config`, where the options say nothing else."""
-    changes: dict[str, Any] = {"val_images": options.images or config.val_images}
+    changes: dict[str, Any] = {"val_images": config.val_images if options.images is None else options.images}
     changes |= {name: value for name in ("name", "root", "size") if (value := getattr(options, name)) is not None}
     config = dataclasses.replace(config, **changes)
     return build(config, "val", seed), Protocol(options.protocol, config.size)

@@ -69,7 +69,7 @@ def main(argv: list[str]) -> int:
     """
     options = tyro.cli(ExportOptions, args=argv, prog="dmsa export")
     predictor = load_predictor(options.checkpoint, torch.device("cpu"))
-    size = options.size or predictor.config.data.size
+    size = predictor.config.data.size if options.size is None else options.size
     patch = predictor.segmenter.encoder.patch_size
     if size < patch or size % patch:
         raise ValueError(f"--size={size} must be a multiple of the encoder's patch size {patch}")

@@ -50,6 +50,8 @@ class Finding:
     classes: list[str]
     """Names in the order of the ids, each of the user's own with its kind."""
     splits: list[Split]
+    shared: int
+    """Images that are in both splits."""
 
     @property
     def usable(self) -> bool:
@@ -140,7 +142,7 @@ def examine(name: str, root: str | None, decode: bool = False) -> Finding:
                     "needed": item.needed,
                 }
             )
-    splits, classes = [], []
+    splits, classes, paths = [], [], []
     for split in SPLITS:
         official = SPLIT_IMAGES.get(name, {}).get(split)
         try:
@@ -151,8 +153,11 @@ def examine(name: str, root: str | None, decode: bool = False) -> Finding:
         decoded, unusual, broken = _decode(data) if decode else (None, [], [])
         images, labels_from = data.images, data.labels_from
         splits.append(Split(split, images, official, labels_from, None, data.left_out, decoded, unusual, broken))
+        if name != "shapes":
+            paths.append({data.image_path(index) for index in range(data.images)})
         classes = [f"{k} {c} ({kind})" for k, (c, kind) in enumerate(zip(data.classes, data.kinds, strict=True))]
-    return Finding(name, files, classes, splits)
+    shared = len(set.intersection(*paths)) if len(paths) == len(SPLITS) else 0
+    return Finding(name, files, classes, splits, shared)
 
 
 def _versus(count: int, official: int | None) -> str:
@@ -193,4 +198,6 @@ def describe(finding: Finding) -> str:
             lines.append(f"        unusual: {'; '.join(split.unusual)}")
         if split.broken:
             lines.append(f"        {len(split.broken)} broken: {few(split.broken, 10)}")
+    if finding.shared:
+        lines.append(f"  {finding.shared} images are in both splits: a score on them is no score on unseen images")
     return "\n".join(lines)

@@ -8,6 +8,7 @@ them), or in the root itself; masks, if any, in `masks/` with the same relative 
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,15 @@ def read_classes(path: Path) -> tuple[list[str], int, bool]:
     return names, n_things, False
 
 
+def refuse_near_names(root: Path) -> None:
+    """Raise `ValueError` if something in `root` is called almost as the layout has it, and would be overlooked."""
+    names = os.listdir(root)
+    for wanted, also in (("images", ()), ("masks", ()), ("classes.txt", ("classes.txt.txt",))):
+        near = [name for name in names if name.casefold() in (wanted, *also)]
+        if near and wanted not in names:
+            raise ValueError(f"{root / near[0]} is not read under this name; expected {wanted!r}")
+
+
 def count_classes(folder: Path) -> int | None:
     """Return one more than the highest id in all masks below `folder`, `None` if there are none.
 
@@ -99,7 +109,8 @@ class Folder(SegmentationData):
         seed: seed of the augmentation.
 
     Raises:
-        ValueError: no root, two images or masks of one name, or masks whose classes cannot be told.
+        ValueError: no root, a name of the layout in other letters, two images or masks of one name, or masks whose
+            classes cannot be told.
         FileNotFoundError: no images, or some but not all of the masks.
     """
 
@@ -107,6 +118,7 @@ class Folder(SegmentationData):
         root = root_of(config, "a folder of images")
         if not root.is_dir():
             raise FileNotFoundError(f"no folder {root}; expected images in it, or in {root / 'images'}")
+        refuse_near_names(root)
         images = root / "images" if (root / "images").is_dir() else root
         masks = root / "masks"
         left_out: list[str] = []

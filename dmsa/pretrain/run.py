@@ -12,7 +12,7 @@ from safetensors.torch import save
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from dmsa.files import write_atomically
+from dmsa.files import claim_outputs, write_atomically
 from dmsa.models.encoder import check_architecture
 from dmsa.models.hybrid import HYBRID, hybrid_vit
 from dmsa.models.shapes_vit import shapes_vit_tiny
@@ -83,7 +83,8 @@ def pretrain(config: PretrainConfig) -> dict[str, object]:
     build = recipes[config.recipe]
     modules, loss_of_step, after_step = build(config, vit)
     out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
+    files = ("encoder.safetensors", "report.json")
+    claim_outputs(out, files, force=(out / "last.pt").exists(), remedy="no run made them, choose another --out")
     free = {"out", "steps", "cooldown", "threads", "checkpoint_minutes", "log_every", "stop_after"}
     free |= {"report_pictures", "report_root"}
     settings = {"version": VERSION, **{key: value for key, value in asdict(config).items() if key not in free}}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO
 
 from dmsa.config import Config
-from dmsa.files import remove_leftovers, write_atomically
+from dmsa.files import claim_outputs, remove_leftovers, write_atomically
 
 
 class FolderBusyError(OSError):
@@ -39,13 +39,16 @@ class RunFolder:
         path: created if needed.
 
     Raises:
-        OSError: it cannot be created or written; says why.
+        OSError: it cannot be created or written, or has files of these names that no run made; says why.
         FolderBusyError: another process is writing in it.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._lock: IO[bytes] | None = None
+        if self.path.is_dir() and not self.checkpoints.is_dir():  # somebody's folder, not a run's
+            names = ("config.yaml", "commit.txt", "metrics.jsonl", "report.md")
+            claim_outputs(self.path, names, remedy="no run made them, choose another --out")
         for folder in (self.path, self.checkpoints, self.panels, self.cache):
             try:
                 folder.mkdir(parents=True, exist_ok=True)

@@ -138,6 +138,7 @@ def test_decoding_says_what_it_decoded_and_what_was_unusual(tmp_path, capsys):
         f"        left out of {tmp_path}/images: 1 hidden (._0.jpg)",
         "  val   3 images, labels from masks",
         f"        left out of {tmp_path}/images: 1 hidden (._0.jpg)",
+        "  3 images are in both splits: a score on them is no score on unseen images",
     ]
     assert main([str(tmp_path), "--name", "folder", "--decode"]) == 0
     assert capsys.readouterr().out.splitlines()[4:6] == [

@@ -156,6 +156,16 @@ def test_one_split_folder_needs_the_other(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("name", ["Images", "MASKS", "classes.txt.txt", "Classes.txt"])
+def test_names_that_are_almost_right(tmp_path, name):
+    fixtures.write_image(tmp_path / "a.jpg")
+    (tmp_path / name).mkdir()
+    with pytest.raises(
+        ValueError, match=rf"{name} is not read under this name; expected '{name[:7].lower().rstrip('.')}"
+    ):
+        build(config(tmp_path), "val")
+
+
 def test_masks_in_the_wrong_place_are_not_overlooked(tmp_path):
     for split in ("train", "val"):
         fill(tmp_path, 1, split=split)

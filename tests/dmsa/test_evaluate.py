@@ -391,6 +391,8 @@ def test_a_score_says_what_it_does_not_compare_with(voc_predictions, capsys):
 
 
 def test_contradicting_options_are_refused(voc_predictions):
+    with pytest.raises(ValueError, match="expected a positive number of images, got limit=0"):
+        main([*voc_predictions, "--images", "0"])
     with pytest.raises(ValueError, match="expected one of --predictions and --checkpoint, got none"):
         main(["--name", "voc"])
     with pytest.raises(ValueError, match="got both"):

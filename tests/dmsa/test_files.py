@@ -4,6 +4,9 @@ import re
 import pytest
 
 from dmsa.files import claim_outputs
+from dmsa.pretrain.config import PretrainConfig
+from dmsa.pretrain.run import pretrain
+from dmsa.training.run import RunFolder
 
 
 def test_outputs_are_claimed_in_a_folder_that_is_made(tmp_path):
@@ -55,3 +58,18 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # the super-user may write anywhere
     with pytest.raises(PermissionError, match=r"--out='.*' is not writable"):
         claim_outputs(tmp_path, ["a"])
+
+
+def test_a_run_or_pretraining_does_not_replace_files_of_others(tmp_path):
+    for name in ("report.md", "encoder.safetensors", "photo.jpg"):
+        (tmp_path / name).write_text("mine")
+    with pytest.raises(FileExistsError, match=r"report\.md: there already; no run made them, choose another --out"):
+        RunFolder(tmp_path)
+    with pytest.raises(FileExistsError, match=r"encoder\.safetensors: there already; no run made them"):
+        pretrain(PretrainConfig(out=str(tmp_path), steps=1, report_pictures=0))
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(
+        ("report.md", "encoder.safetensors", "photo.jpg"), "mine"
+    )
+    RunFolder(tmp_path / "new").close()
+    (tmp_path / "new/report.md").write_text("the run's")
+    RunFolder(tmp_path / "new").close()
