@@ -66,9 +66,12 @@ class ModelConfig:
     decoder_heads: int = 6
     """Attention heads of the mask decoder."""
     teacher: Literal["snapshot", "ema"] = "snapshot"
-    """Teacher is replaced by the student at intervals (TransFGU), or follows it as a moving average."""
+    """Teacher is replaced by the student at intervals (TransFGU), or follows it as a moving average, which is then what
+    is scored and used."""
     ema_momentum: float = 0.99
     """Momentum of the `ema` teacher, per step."""
+    refine: Literal["off", "par"] = "off"
+    """Score and use predictions as they are, or refined by PAR along the picture. Exported files never refine."""
 
 
 @dataclass(frozen=True)
@@ -307,8 +310,9 @@ def resolve_method(config: Config) -> Config:
 
     `transfgu` is the baseline row of the paper's tables: no pyramid, no PAR, no segmentation loss. `dmsa_plus` scales
     the rates to the grid, and on `shapes`, where that was measured to help (docs/shapes.md), takes the map of single
-    patches and compares labels and predictions at the pixels of the refinement. Whatever else
-    differs from the paper is the user's choice; `deviations` lists all of it.
+    patches, compares labels and predictions at the pixels of the refinement, refines predictions too, and has a moving
+    average of the student, from the second epoch on, as teacher and as what is scored. Whatever else differs from the
+    paper is the user's choice; `deviations` lists all of it.
     """
     if config.method == "transfgu":
         return dataclasses.replace(
@@ -326,7 +330,9 @@ def resolve_method(config: Config) -> Config:
                 label_grid="pixels",
                 background_threshold=0.5,
             )
-            config = dataclasses.replace(config, labels=labels)
+            model = dataclasses.replace(config.model, teacher="ema", ema_momentum=0.97, refine="par")
+            train = dataclasses.replace(config.train, teacher_start=1)
+            config = dataclasses.replace(config, labels=labels, model=model, train=train)
     return config
 
 
@@ -340,6 +346,7 @@ PAPER_SETTING = {
     "model.decoder_layers": 2,
     "model.decoder_heads": 6,
     "model.teacher": "snapshot",
+    "model.refine": "off",
     "rates.epoch_base": 0,
     "rates.eval_rates": "checkpoint",
     "rates.grid_aware": False,

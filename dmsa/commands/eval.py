@@ -42,6 +42,8 @@ class EvalOptions:
     """Score a folder although some images have no prediction; the report says how many."""
     predicted_255: Predicted255 = "refuse"
     """255 in a predicted mask where the label is a class: an error, a pixel that is not scored, or a miss."""
+    refine: Literal["off", "par"] | None = None
+    """Score a checkpoint's predictions as they are, or refined by PAR; as its run has it if unset."""
     method: str | None = None
     """Name of this row in the tables."""
     format: Literal["text", "markdown", "json"] = "text"
@@ -87,11 +89,18 @@ def _run(options: EvalOptions) -> Report:
     common: dict[str, Any] = {"batch": options.batch, "workers": options.workers, "progress": sys.stderr.isatty()}
     if options.checkpoint is not None:
         from dmsa.scoring.predictor import load_predictor
+        from dmsa.scoring.refined import remarks
 
         predictor = load_predictor(options.checkpoint)
+        if options.refine is not None:
+            model = dataclasses.replace(predictor.config.model, refine=options.refine)
+            predictor.config = dataclasses.replace(predictor.config, model=model)
         dataset, protocol = _wanted(options, predictor.config.data, predictor.config.train.seed)
         name = options.method or Path(options.checkpoint).name
-        return evaluate(lambda images: predictor.predict(images, None), dataset, protocol, method=name, **common)
+        said = remarks(predictor.config)
+        return evaluate(predictor.predict, dataset, protocol, method=name, remarks=said, **common)
+    if options.refine is not None:
+        raise ValueError(f"--refine={options.refine} is about a checkpoint; `dmsa refine` refines a folder of masks")
     if options.predictions is None or options.name is None:
         raise ValueError("--predictions needs --name, the data set to score against")
     dataset, protocol = _wanted(options, DataConfig(name=options.name), 0)

@@ -88,6 +88,8 @@ def main(argv: list[str]) -> int:
     with torch.no_grad():
         expected = model(example)
     facts = describe(predictor, model, size)
+    if predictor.config.model.refine != "off":
+        print("the run refines its predictions by PAR; the exported files hold the network alone, unrefined")
     _write(facts_file, json.dumps(facts, indent=1).encode())
     program = to_program(model, example) if {"torch", "onnx"} & set(formats) else None
     if "safetensors" in formats:

@@ -15,7 +15,7 @@ class Teacher:
     """Source of the second half of the pseudo label, silent until `train.teacher_start`.
 
     `snapshot` (TransFGU): in every snapshot epoch, teacher <- student and student <- its initial weights. `ema`:
-    teacher <- student once, at the start, then follows it step by step.
+    teacher <- student once, at the start, then follows it step by step, and is what a run scores and keeps for use.
 
     Args:
         student: its present weights are remembered as the initial ones.
@@ -41,6 +41,11 @@ class Teacher:
     def active(self) -> bool:
         """Whether a first snapshot has been taken."""
         return self.snapshot_epoch is not None
+
+    @property
+    def averages(self) -> bool:
+        """Whether the teacher is a moving average of the student that has begun."""
+        return self.kind == "ema" and self.active
 
     @property
     def epochs_since_snapshot(self) -> int | None:
@@ -69,7 +74,7 @@ class Teacher:
     @torch.no_grad()
     def after_step(self) -> None:
         """Follow the student by one optimiser step (`ema` only)."""
-        if self.kind != "ema" or not self.active:
+        if not self.averages:
             return
         own = self.model.state_dict()
         for key, value in self.student.state_dict().items():

@@ -157,6 +157,7 @@ def evaluate(
     workers: int = 0,
     progress: bool = False,
     method: str = "this run",
+    remarks: Sequence[str] = (),
 ) -> Report:
     """Score a network on a data set; every process takes its share and all return the same report.
 
@@ -172,6 +173,7 @@ def evaluate(
         workers: processes that decode images.
         progress: show a progress bar on rank 0.
         method: name of the row in the report.
+        remarks: what the report must say about the network.
 
     Raises:
         ValueError: no labels, unknown ids in a label (the message names the file), or logits of another shape or that
@@ -203,7 +205,7 @@ def evaluate(
             for pred, (_, label) in zip(predicted, good[start:end], strict=True):
                 histogram.update(pred, label)
             start = end
-    remarks = getattr(dataset, "left_out", [])
+    remarks = [*getattr(dataset, "left_out", []), *remarks]
     return _report(dataset, protocol, curated, len(indices), histogram, skipped, [], method, True, remarks)
 
 

@@ -19,6 +19,7 @@ from dmsa.distributed import local_device
 from dmsa.models.encoder import build_encoder
 from dmsa.models.schedule import evaluation_rates
 from dmsa.models.segmenter import Segmenter
+from dmsa.scoring.refined import refined
 from dmsa.scoring.upsample import upsampled_labels
 from dmsa.visualize import predicted_names, predicted_palette
 
@@ -29,7 +30,7 @@ class Predictor:
     Attributes:
         config: of its training run.
         classes: of its training data.
-        segmenter: the student, in eval mode.
+        segmenter: the student, or its moving average where the teacher was one, in eval mode.
         epoch: epoch the weights were last trained in.
         assignment: predicted id that stands for every class, None if the run was never scored.
         names, palette: names and colours of predicted ids.
@@ -64,7 +65,8 @@ class Predictor:
                 f"{self.config.model.encoder}, model.weights={self.config.model.weights} give now"
             )
         self.segmenter = Segmenter(self.config.model, self.classes.num_classes, encoder)
-        self.segmenter.load_trainable_state(state["student"])
+        averaged = self.config.model.teacher == "ema" and state["teacher"]["snapshot_epoch"] is not None
+        self.segmenter.load_trainable_state(state["teacher"]["model"] if averaged else state["student"])
         self.segmenter.to(self.device).eval()
 
     def rates(self, grid: tuple[int, int]) -> tuple[int, ...]:
@@ -77,7 +79,8 @@ class Predictor:
 
         Args:
             images: `[B, 3, H, W]`, ImageNet-normalised, on any device; sides are multiples of the patch size.
-            size: (H', W') to which the scores are enlarged, bilinear; the token grid's if None.
+            size: (H', W') to which the scores are enlarged, bilinear; the token grid's, or that of the refinement
+                where the run refines its predictions (`model.refine`), if None.
 
         Returns:
             logits `[B, K, H', W']`, fp32, on the predictor's device. Their channels are predicted ids: `names` and
@@ -85,6 +88,7 @@ class Predictor:
         """
         images = images.to(self.device)
         logits = self.segmenter(images, self.rates(self.segmenter.encoder.grid(images)))["logits"].float()
+        logits = refined(logits, images, self.config)
         return logits if size is None else F.interpolate(logits, size, mode="bilinear", align_corners=False)
 
     def segment(self, image: Image.Image) -> np.ndarray:

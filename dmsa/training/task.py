@@ -24,6 +24,7 @@ from dmsa.models.schedule import dilations_for_epoch, evaluation_rates, grid_awa
 from dmsa.models.segmenter import Segmenter
 from dmsa.models.teacher import Teacher
 from dmsa.random import mix
+from dmsa.scoring.refined import refined
 from dmsa.training import losses as terms
 
 LOSSES = ("seg", "ce", "un", "cls")
@@ -74,6 +75,11 @@ class Task:
         self.teacher = Teacher(self.student, config)
         self.forward: nn.Module = self.student
         """What runs the student: itself, or a wrapper that averages gradients."""
+
+    @property
+    def scored(self) -> Segmenter:
+        """What is scored and used: the student, or its moving average where the teacher is one."""
+        return self.teacher.model if self.teacher.averages else self.student
 
     def start_epoch(self, epoch: int) -> bool:
         """Renew the teacher if it is due; return whether the student was put back to its initial weights."""
@@ -179,7 +185,7 @@ class Task:
         cam = CAMS[self.config.labels.cam](self.encoder, attended, self.centroids)
         teacher = self.teacher.logits(attended, attended.grid, rates)
         made = pseudo_label(cam, teacher, batch["guide"], self.classes.things_only, self.config.labels)
-        logits = self.student(None, rates, frozen=attended)["logits"]
+        logits = refined(self.scored(None, rates, frozen=attended)["logits"], batch["image"], self.config)
         return {
             "cam": normalize_cam(cam),
             "teacher": None if teacher is None else teacher.argmax(1),

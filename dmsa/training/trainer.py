@@ -30,6 +30,7 @@ from dmsa.models.encoder import build_encoder, fingerprint
 from dmsa.random import mix, seed_everything
 from dmsa.scoring.evaluate import evaluate
 from dmsa.scoring.protocols import Protocol
+from dmsa.scoring.refined import refined, remarks
 from dmsa.training.nonfinite import stop_nonfinite
 from dmsa.training.progress import MetricsLog, Progress, git_commit, say
 from dmsa.training.report import draw_panels, report_text
@@ -374,20 +375,28 @@ class Trainer:
             )
 
     def _evaluate(self, epoch: int) -> bool:
-        """Score the student and draw panels; return whether it is the best so far."""
+        """Score the student, or its average, and draw panels; return whether it is the best so far."""
         config, state = self.config, self.state
         improved = False
-        student = self.task.student.eval()
+        network = self.task.scored.eval()
         if getattr(self.val_data, "labels_from", "the data set") is not None:
 
             def predict(images: Tensor) -> Tensor:
                 images = images.to(self.device, non_blocking=True)
                 rates = self.task.eval_rates(epoch, self.encoder.grid(images))
                 with self.autocast():
-                    return student(images, rates)["logits"]
+                    logits = network(images, rates)["logits"]
+                return refined(logits, images, config)
 
             protocol = Protocol("transfgu", config.data.size)
-            report = evaluate(predict, self.val_data, protocol, batch=self._eval_batch(), workers=config.data.workers)
+            report = evaluate(
+                predict,
+                self.val_data,
+                protocol,
+                batch=self._eval_batch(),
+                workers=config.data.workers,
+                remarks=remarks(config),
+            )
             entry = {
                 "epoch": epoch,
                 "step": state.step,
