@@ -88,7 +88,7 @@ def _source(case):
     if unknown:
         raise ValueError(f"{case.name}: {sorted(unknown)} are not arguments of the kernel; it has {names}")
     types = {n: case.types.get(n, "i32") for n in names if n not in case.constants}
-    aligned = [i for i, n in enumerate(names) if types.get(n, "").startswith("*")]
+    aligned = [i for i, n in enumerate(names) if str(types.get(n)).startswith("*")]  # a tuple is none
     if "constexprs" in inspect.signature(triton.compiler.ASTSource).parameters:  # 3.3 and later
         return triton.compiler.ASTSource(
             fn=case.kernel,
