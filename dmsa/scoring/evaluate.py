@@ -33,7 +33,7 @@ Predicted255 = Literal["refuse", "ignore", "wrong"]
 class _Work(Dataset):
     """This process's share of the images: `read(index)` of each, or the error that came instead."""
 
-    def __init__(self, indices: Sequence[int], read: Callable[[int], tuple]) -> None:
+    def __init__(self, indices: Sequence[int], read: Callable[[int], Any]) -> None:
         self.indices = indices
         self.read = read
 
@@ -64,8 +64,8 @@ class _ReadImage:
         return to_tensor(self.protocol.image(image)), self.protocol.label(_required(label, self.dataset, index))
 
 
-class _ReadMasks:
-    """A prediction and the label of a data set as the protocol wants them."""
+class _CountMasks:
+    """The histogram of a prediction and its label, seen as the protocol wants them; masks may be large."""
 
     def __init__(self, dataset: Any, protocol: Protocol, files: dict[int, Path], gaps: bool) -> None:
         self.dataset = dataset
@@ -73,7 +73,7 @@ class _ReadMasks:
         self.files = files
         self.gaps = gaps
 
-    def __call__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, index: int) -> Histogram:
         label = _required(_label(self.dataset, index), self.dataset, index)
         path, k = self.files[index], self.dataset.num_classes
         pred = read_mask(path)
@@ -86,7 +86,9 @@ class _ReadMasks:
             )
         if pred.shape != label.shape and pred.shape == label.shape[::-1]:
             raise ValueError(f"{path} is {pred.shape}, the annotation {label.shape}: it lies on its side")
-        return self.protocol.prediction(pred, label.shape), self.protocol.label(label)
+        histogram = Histogram(k, self.gaps)
+        histogram.update(self.protocol.prediction(pred, label.shape), self.protocol.label(label))
+        return histogram
 
 
 def _required(label: np.ndarray | None, dataset: Any, index: int) -> np.ndarray:
@@ -95,7 +97,7 @@ def _required(label: np.ndarray | None, dataset: Any, index: int) -> np.ndarray:
     return label
 
 
-def _readable(items: list[tuple], dataset: Any, skipped: list[Skip]) -> list[tuple]:
+def _readable(items: list[tuple], dataset: Any, skipped: list[Skip]) -> list:
     """Return what could be read; append what could not be decoded to `skipped`, and raise any other error."""
     for index, _, error in items:
         if isinstance(error, CorruptImageError):
@@ -259,12 +261,12 @@ def evaluate_predictions(
         )
     scored = [index for index in indices if index in files]
     share = distributed.shard(len(scored))
-    work = _Work(scored[share.start : share.stop], _ReadMasks(dataset, protocol, files, predicted_255 != "refuse"))
+    work = _Work(scored[share.start : share.stop], _CountMasks(dataset, protocol, files, predicted_255 != "refuse"))
     histogram = Histogram(dataset.num_classes, gaps=predicted_255 != "refuse")
     skipped: list[Skip] = []
     for items in _batches(work, batch, workers, progress):
-        for pred, label in _readable(items, dataset, skipped):
-            histogram.update(pred, label)
+        for part in _readable(items, dataset, skipped):
+            histogram.add(part)
     name = method or folder.resolve().name
     remarks += getattr(dataset, "left_out", [])
     return _report(

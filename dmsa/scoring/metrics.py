@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 IGNORE = 255
+PIXELS_AT_ONCE = 2**22
 
 
 def _to_numpy(ids: np.ndarray | Tensor) -> np.ndarray:
@@ -78,7 +79,9 @@ class Histogram:
             pairs[gap] = self._row[IGNORE]
             pred = np.where(pred == IGNORE, 0, pred)
         pairs += pred
-        counts = np.bincount(pairs.ravel(), minlength=(k + 2) * k)
+        flat, counts = pairs.ravel(), np.zeros((k + 2) * k, dtype=np.int64)
+        for start in range(0, flat.size, PIXELS_AT_ONCE):  # bincount makes 8 bytes of every pixel
+            counts += np.bincount(flat[start : start + PIXELS_AT_ONCE], minlength=len(counts))
         if counts[(k + 1) * k :].any() or unpredicted[k:IGNORE].any():
             wrong = np.unique(label[(label >= k) & (label != IGNORE)]).tolist()
             raise ValueError(f"label has ids {wrong}; expected 0..{k - 1}, or 255 for pixels to ignore")
@@ -93,6 +96,10 @@ class Histogram:
         if ids.size and (ids.min() < 0 or ids.max() > 255):
             raise ValueError(f"{name} has ids {ids.min()}..{ids.max()}; expected 0..255")
         return ids.astype(np.uint8)
+
+    def add(self, other: Histogram) -> None:
+        """Count the pixels of another histogram of the same classes too."""
+        self._all += other._all
 
     def reduce(self) -> Histogram:
         """Return the histogram of all processes' pixels; this one stays as it is."""
