@@ -14,7 +14,7 @@ import math
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -25,6 +25,9 @@ from dmsa.models.encoder import build_encoder
 from dmsa.scoring.baselines import untrained_rows
 from dmsa.scoring.boundary import TOLERANCE
 from dmsa.scoring.comparison import Curve, arrivals, arrived, difference, figures
+from dmsa.scoring.evaluate import evaluate
+from dmsa.scoring.predictor import Predictor
+from dmsa.scoring.protocols import Protocol
 from dmsa.scoring.table import markdown, spread
 from dmsa.training.run import commits
 from dmsa.training.session import train
@@ -134,6 +137,19 @@ def trained_rows(curves: Curves, number: int) -> list[dict[str, Any]]:
     return rows
 
 
+def other_way_row(config: Config, title: str) -> dict[str, Any]:
+    """Score the end of a finished run the other way: with refined predictions if its own are not, and vice versa."""
+    path = checkpoint.Checkpoints(Path(config.out) / "checkpoints").newest()
+    predictor = Predictor(checkpoint.load(path), path)
+    refine: Literal["off", "par"] = "par" if config.model.refine == "off" else "off"
+    predictor.config = dataclasses.replace(config, model=dataclasses.replace(config.model, refine=refine))
+    val_data = data.build(config.data, "val", config.train.seed)
+    found = evaluate(predictor.predict, val_data, Protocol("transfgu", config.data.size)).scores
+    how = "refined by PAR" if refine == "par" else "not refined"
+    scores = {"miou": 100 * found.miou, "accuracy": 100 * found.accuracy, "boundary": None}
+    return {"method": f"{title}, last epoch, predictions {how}", **scores}
+
+
 def score_table(rows: Sequence[Sequence[Mapping[str, Any]]]) -> list[str]:
     """Markdown lines of one list of rows a seed: mean and standard deviation of every figure (percent)."""
     table = [["method", "mIoU", "accuracy", f"boundary F, {TOLERANCE} px"]]
@@ -235,21 +251,23 @@ def ablate(
     scored = []
     trained_at: list[str] = []
     for number, seed in enumerate(seeds):
+        otherwise = []
         for name, runs in curves.items():
             on = [part for part, wanted in zip(("aspp", "par", "seg"), ROWS[name], strict=True) if wanted]
             folder = Path(out) / f"{PLUS if name == PLUS else '-'.join(on) or 'baseline'}-{seed}"
-            config = dataclasses.replace(
-                row_config(base, name), out=str(folder), train=dataclasses.replace(training, seed=seed)
-            )
+            config = row_config(base, name)
+            config = dataclasses.replace(config, out=str(folder), train=dataclasses.replace(config.train, seed=seed))
             curve, made_at = scores_of(config)
             if not curve:
                 raise ValueError(f"{preset=}: its validation images have no labels, nothing to compare")
             runs.append(curve)
             trained_at += [commit for commit in made_at if commit not in trained_at]
+            if scores:
+                otherwise.append(other_way_row(config, TITLES[name]))
             if scores and name == DMSA:
                 untrained = baseline_rows(config)
         if scores:
-            scored.append([*untrained, *trained_rows(curves, number)])
+            scored.append([*untrained, *trained_rows(curves, number), *otherwise])
     conditions = [
         f"    {command}",
         "",

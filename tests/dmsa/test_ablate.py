@@ -16,6 +16,7 @@ from dmsa.training.ablation import (
     TRANSFGU,
     ablate,
     ablation_table,
+    other_way_row,
     paired_table,
     row_config,
     score_table,
@@ -85,6 +86,15 @@ def test_every_row_and_seed_is_trained_and_written(monkeypatch, tmp_path, capsys
         "dmsa.training.ablation.baseline_rows",
         lambda config: [{"method": "clusters", "miou": 10.0 + config.train.seed, "accuracy": 40.0, "boundary": 9.0}],
     )
+    monkeypatch.setattr(
+        "dmsa.training.ablation.other_way_row",
+        lambda config, title: {
+            "method": f"{title}, {config.model.refine}",
+            "miou": 1.0,
+            "accuracy": 2.0,
+            "boundary": None,
+        },
+    )
     words = ["--out", str(tmp_path / "runs"), "--results", str(tmp_path / "results"), "--seeds", "0", "4"]
     words += ["--epochs", "3"]
     assert main(words) == 0
@@ -93,6 +103,7 @@ def test_every_row_and_seed_is_trained_and_written(monkeypatch, tmp_path, capsys
     assert len({config.out for config in seen}) == len(seen)
     assert {config.train.seed for config in seen} == {0, 4}
     assert all(config.train.epochs == 3 and not config.train.baselines for config in seen)
+    assert {config.train.teacher_start for config in seen if config.method == "dmsa_plus"} == {1}
     assert "    dmsa ablate --preset shapes --seeds 0 4 --epochs 3" in lines
     with (tmp_path / "results/ablation_shapes.csv").open() as stream:
         entries = list(csv.DictReader(stream))
@@ -119,8 +130,19 @@ def test_every_row_and_seed_is_trained_and_written(monkeypatch, tmp_path, capsys
     assert f"| {DMSA} | +30.00 ± 0.00 (2 of 2) |" in written
     with (tmp_path / "results/shapes_scores.csv").open() as stream:
         scores = list(csv.DictReader(stream))
-    assert len(scores) == 2 * 10
+    assert len(scores) == 2 * 13
+    assert "| dmsa_plus, par | 1.0 ± 0.0 | 2.0 ± 0.0 |  |" in written
     assert [row["miou"] for row in scores if row["method"] == "clusters"] == ["10.000", "14.000"]
+
+
+def test_a_run_is_scored_the_other_way(tmp_path):
+    config = tiny_config(tmp_path / "run", epochs=1)
+    (entry,), _ = scores_of(config)
+    assert other_way_row(config, "DMSA")["method"] == "DMSA, last epoch, predictions refined by PAR"
+    plain = dataclasses.replace(config, model=dataclasses.replace(config.model, refine="par"))
+    row = other_way_row(plain, "x")
+    assert row["method"] == "x, last epoch, predictions not refined"
+    assert row["miou"] == pytest.approx(100 * entry["miou"], abs=1e-6)
 
 
 def test_score_table_by_hand():
