@@ -32,6 +32,8 @@ GATHER_CLASSES = 10
 # Scores further than this below a pixel's best count as this far: a weight of 1.6e-28 instead of less. That changes no
 # sum, and keeps subnormal numbers, on which a CPU's multiplications are many times slower, out of every later pass.
 LOWEST_SCORE = -64.0
+# Contrasts are divided by no less than 1e-15, the square of which leaves room in float32.
+LARGEST_INVERSE = 1e15
 
 
 class _Padded:
@@ -156,8 +158,12 @@ class _Guide:
         return pilot.add_(correction), variance.sqrt_()
 
     def inverse_scale(self, sigma: Tensor) -> Tensor:
-        """``1 / (alpha * sigma + eps)``, in place of ``sigma``."""
-        return sigma.mul_(self.alpha).add_(self.eps).reciprocal_()
+        """``1 / (alpha * sigma + eps)``, in place of ``sigma``; 0 where sigma is 0.
+
+        A channel without contrast has the same score for all neighbours: left out, it drowns no other in rounding.
+        """
+        flat = sigma == 0
+        return sigma.mul_(self.alpha).add_(self.eps).reciprocal_().clamp_max_(LARGEST_INVERSE).masked_fill_(flat, 0.0)
 
     def softmax(self, start: int, stop: int, inverse: Tensor, out: Tensor, position: Tensor | None = None) -> Tensor:
         """Write the softmax over neighbours into out [b, P, rows, W], plus ``position`` [1, P, 1, 1] if given.

@@ -40,6 +40,15 @@ def _shift_kernel(*, centre: float = 0.0, neighbour: float = 1.0, keep_centre_ta
     return kernel
 
 
+def _broadcast(image: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+    """One image for a batch of masks, or the reverse, as the replaced code's arithmetic does it."""
+    stacks = all(isinstance(x, Tensor) and x.dim() == 4 for x in (image, masks))
+    if stacks and 1 in (len(image), len(masks)):
+        batch = max(len(image), len(masks)) if 0 not in (len(image), len(masks)) else 0
+        image, masks = image.expand(batch, -1, -1, -1), masks.expand(batch, -1, -1, -1)
+    return image, masks
+
+
 def _overrides(module: nn.Module, own: Callable[..., Any]) -> bool:
     """Whether a method of this file is overridden in a subclass, or replaced on its class or on the instance."""
     replaced = getattr(type(module), own.__name__) is not own
@@ -124,6 +133,7 @@ class _Refinement(nn.Module):
         anchor = self.anchor if anchor is None else anchor
         if callable(anchor):
             anchor = anchor(masks, options.get("valid_classes"))
+        image, masks = _broadcast(image, masks)
         return refine(
             image,
             masks,

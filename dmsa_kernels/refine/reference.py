@@ -25,12 +25,15 @@ def _affinity(
 ) -> Tensor:
     neighbours = torch.stack([neighbour(image, dy, dx) for dy, dx in offsets(dilations)], 1)  # [B, P, K, H, W]
     centre = image.unsqueeze(1)  # [B, 1, K, H, W]
+    contrast = (neighbours - centre).abs()
     if sigma == "none":
         scale = torch.ones_like(centre)
     else:
         samples = torch.cat([neighbours] + [centre] * sigma_centre_count(sigma, dilations), 1)
         scale = samples.std(1, keepdim=True)  # [B, 1, K, H, W]
-    scores = -(((neighbours - centre).abs() / (alpha * scale + eps)) ** exponent).mean(2)  # [B, P, H, W]
+        # a channel without contrast has the same score for all neighbours: left out, it drowns no other in rounding
+        contrast = contrast.where(samples.amin(1, keepdim=True) != samples.amax(1, keepdim=True), 0.0)
+    scores = -((contrast / (alpha * scale + eps)) ** exponent).mean(2)  # [B, P, H, W]
     position = torch.tensor(
         position_vector(dilations, alpha, eps, position_weight), dtype=image.dtype, device=image.device
     )

@@ -208,3 +208,45 @@ def test_mixed_dtypes_of_image_and_masks(backend):
     if backend != "triton":
         assert refine(image, masks.double(), [1], 2, backend=backend).dtype == torch.float64
         assert refine(image.double(), masks, [1], 2, backend=backend).dtype == torch.float32
+
+
+@pytest.mark.parametrize("spec", ["par", "pamr", "lcm", AffinitySpec(sigma="centre_once", eps=1e-9)], ids=str)
+def test_a_channel_without_contrast_says_nothing(backend, spec):
+    """One value in all neighbours and another in the centre, as at a burnt-out sky: the others decide alone."""
+    image = torch.full((1, 3, 3, 3), 1.0)
+    image[:, 0, 1, 1] = 254 / 255
+    image[:, 1:] = torch.tensor([[0.2, 0.5, 0.9], [0.2, 0.2, 0.9], [0.2, 0.5, 0.9]])
+    weights = local_affinity(image, [1], spec=spec, backend=backend).weights[0, :, 1, 1]
+    exact = local_affinity(image.double(), [1], spec=spec, backend="reference").weights[0, :, 1, 1]
+    assert (weights - exact).abs().max() <= 1e-6
+    if spec in ("par", "lcm"):
+        assert exact[0] > 100 * exact[2]  # the left column looks like the centre, the right one does not
+
+
+@pytest.mark.parametrize("exponent", [1, 2])
+@pytest.mark.parametrize(("alpha", "eps"), [(0.3, 1e-20), (0.3, 1e-40), (1e-200, 0.3e-8), (1e-200, 1e-45)])
+def test_tiny_constants_give_no_nan(backend, exponent, alpha, eps):
+    spec = AffinitySpec(exponent=exponent, alpha=alpha, eps=eps)
+    image, masks = _pair(6, 9)
+    image[..., :4] = 0.5
+    leaf = image.clone().requires_grad_()
+    refined = refine(leaf, masks, [1, 2], 1, spec=spec, backend=backend)
+    assert refined.isfinite().all()
+    if alpha > 1e-9:  # else the definition's gradient is beyond float32
+        refined.sum().backward()
+        assert leaf.grad.isfinite().all()
+    flat = refine(torch.full_like(image, 0.5), masks, [1, 2], 1, spec=spec, backend=backend)
+    uniform = refine(torch.full_like(image, 0.5), masks, [1, 2], 1, backend="reference")
+    assert (flat - uniform).abs().max() <= 0.02  # but for the distance term, which alpha changes
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_labels_of_16_bit_masks_are_not_decided_by_rounding(backend, dtype):
+    """Scores that lie closer together than the dtype can tell apart after averaging."""
+    image = torch.rand(1, 3, 9, 11, generator=torch.Generator().manual_seed(0))
+    masks = (0.5 + 0.004 * torch.rand(1, 12, 9, 11, generator=torch.Generator().manual_seed(1))).to(dtype)
+    labels, values = refine(image, masks, [1, 2], 3, return_labels=True, backend=backend)
+    exact = refine(image, masks.float(), [1, 2], 3, backend=backend)
+    assert torch.equal(labels, exact.argmax(1))
+    assert not torch.equal(exact.to(dtype).argmax(1), exact.argmax(1))
+    assert values.dtype == dtype

@@ -162,3 +162,20 @@ assert torch.allclose(a, b, atol=1e-6)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("module", [PAR([1], 2), PAMR(2, [1]), LCM([1], 2, resize="masks")], ids=["par", "pamr", "lcm"])
+def test_one_image_for_many_masks_and_the_reverse(module):
+    images, stacks = torch.rand(3, 3, 9, 8), torch.rand(3, 2, 4, 4)
+    valid = torch.tensor([[True, False], [True, True], [False, True]])
+    many = module(images[:1], stacks, valid_classes=valid)
+    for i in range(3):
+        assert torch.equal(many[i], module(images[:1], stacks[i : i + 1], valid_classes=valid[i : i + 1])[0])
+    reverse = module(images, stacks[:1])
+    labels, _ = module(images, stacks[:1], return_labels=True)
+    for i in range(3):
+        assert torch.equal(reverse[i], module(images[i : i + 1], stacks[:1])[0])
+    assert torch.equal(labels, reverse.argmax(1))
+    with pytest.raises(ValueError, match="must have the batch size of image, 3"):
+        module(images, stacks[:2])
+    assert module(images[:1], stacks[:0]).shape == (0, 2, 9, 8)

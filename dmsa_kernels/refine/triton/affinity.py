@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dmsa_kernels import plans, tuning
 from dmsa_kernels.refine.spec import position_vector
-from dmsa_kernels.refine.triton.common import LAUNCH, OFFLINE_DILATIONS, needs_int64
+from dmsa_kernels.refine.triton.common import LAUNCH, OFFLINE_DILATIONS, in_float32, needs_int64
 
 # Image channels one launch takes; more are summed over several launches.
 MAX_CHANNELS = 4
@@ -70,6 +70,16 @@ def neighbourhood(p_image, o_y, o_x, height, width, stride_h, stride_w, DILATION
             variance += tl.sum(difference * difference, axis=0)
         sigma = tl.sqrt_rn(variance * (1.0 / (8 * D + CENTRES - 1)))
     return samples, centre - origin, mean, sigma
+
+
+@triton.jit
+def inverse_scale(sigma, alpha, eps):
+    """Return ``1 / (alpha sigma + eps)``, at most 1e15, whose square leaves room in float32; 0 where sigma is 0.
+
+    A channel without contrast has the same score for all neighbours: left out, it drowns no other in rounding.
+    """
+    inverse = tl.minimum(tl.div_rn(tl.full(sigma.shape, 1.0, tl.float32), tl.fma(sigma, alpha, eps)), 1e15)
+    return tl.where(sigma == 0, 0.0, inverse)
 
 
 @triton.jit(do_not_specialize=["height", "width", "tiles_w", "tiles", "stride_image_n", "stride_image_h"])
@@ -129,7 +139,7 @@ def local_affinity_fwd_kernel(
         samples, centre, _, sigma = neighbourhood(
             p_image, o_y, o_x, height, width, stride_image_h, stride_image_w, DILATIONS, SIGMA
         )
-        inverse = tl.div_rn(tl.full([PIXELS], 1.0, tl.float32), tl.fma(sigma, alpha, eps))
+        inverse = inverse_scale(sigma, alpha, eps)
         summed = ()
         for i in tl.static_range(D):
             term = tl.abs(samples[i] - centre[None, :]) * inverse[None, :]
@@ -187,7 +197,7 @@ def local_affinity(
     dtype = torch.float16 if fast else torch.float32
     weights = image.new_empty((batch, 8 * len(dilations), height, width), dtype=dtype)
     if weights.numel():
-        spec = (int(exponent), float(alpha), sigma, float(eps), float(position_weight))
+        spec = (int(exponent), in_float32(alpha), sigma, in_float32(eps), float(position_weight))
         plans.run(schedule, (image, weights), dilations, *spec)
     return weights
 

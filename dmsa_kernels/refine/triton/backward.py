@@ -18,8 +18,8 @@ from torch import Tensor
 
 from dmsa_kernels import plans, tuning
 from dmsa_kernels.refine.triton import affinity, propagate
-from dmsa_kernels.refine.triton.affinity import neighbourhood
-from dmsa_kernels.refine.triton.common import LAUNCH, OFFLINE_DILATIONS, needs_int64
+from dmsa_kernels.refine.triton.affinity import inverse_scale, neighbourhood
+from dmsa_kernels.refine.triton.common import LAUNCH, OFFLINE_DILATIONS, in_float32, needs_int64
 
 # Pixels along an edge, and of a tile, that one program owns.
 BLOCK_EDGE = 32
@@ -377,7 +377,7 @@ def local_affinity_bwd_kernel(
     samples, centre, mean, sigma = neighbourhood(
         p_image, o_y, o_x, height, width, stride_image_h, stride_image_w, DILATIONS, SIGMA
     )
-    inverse = tl.div_rn(tl.full([PIXELS], 1.0, tl.float32), tl.fma(sigma, alpha, eps))
+    inverse = inverse_scale(sigma, alpha, eps)
     d_scale = tl.zeros([PIXELS], dtype=tl.float32)  # gradient of alpha sigma + eps
     d_centre = tl.zeros([PIXELS], dtype=tl.float32)
     for i in tl.static_range(D):
@@ -691,7 +691,7 @@ def local_affinity_backward(
     grad_image = torch.empty_like(image)
     if image.numel() == 0:
         return grad_image
-    spec = (int(exponent), float(alpha), sigma, float(eps))
+    spec = (int(exponent), in_float32(alpha), sigma, in_float32(eps))
     batch, channels, rows, columns = image.shape
     soft = image.new_empty((batch, 8 * len(dilations), rows, columns), dtype=torch.float32)
     sums = torch.empty((2, channels, batch, rows, columns), dtype=torch.float32, device=image.device)

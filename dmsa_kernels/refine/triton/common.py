@@ -18,6 +18,11 @@ _INT32_MAX = 2**31 - 1
 _OVERRUN = 4096
 
 
+def in_float32(constant: float) -> float:
+    """Return a positive constant, no smaller than a normal float32: kernels take others for double precision."""
+    return max(float(constant), torch.finfo(torch.float32).tiny)
+
+
 def needs_int64(*tensors: Tensor) -> bool:
     """Return whether an offset into one of ``tensors`` can leave 32 bits; meta tensors do."""
     for tensor in tensors:
