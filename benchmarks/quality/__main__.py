@@ -24,7 +24,7 @@ from benchmarks.quality.photos import load_folder, load_wheels
 from benchmarks.quality.table import Row, markdown, plot, read_csv, rows_of, write_csv
 from dmsa.scoring.table import markdown as markdown_table
 
-RESULTS = Path(__file__).parents[1] / "results"
+RESULTS = Path(__file__).parents[1] / "results" / "quality"
 
 
 def main(argv: list[str] | None = None) -> int:
