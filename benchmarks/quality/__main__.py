@@ -5,7 +5,7 @@
     python -m benchmarks.quality --photos FOLDER --voc ROOT  # and class activation maps on photographs of a VOC root
 
 Coarse masks are the true ones, averaged over squares (cells) of some pixels, plus normal noise. Dense CRF and OpenCV's
-filters are measured where their packages are installed; they are no dependencies.
+guided filter are measured where their packages are installed; they are no dependencies.
 """
 
 from __future__ import annotations
@@ -39,12 +39,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--voc", type=Path, help="VOC root, for the class activation maps")
     parser.add_argument("--cams", type=int, default=60, help="photographs of each split of --voc")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--only", nargs="+", help="methods to measure again; the other rows of --out's CSV stay")
     parser.add_argument("--draw", action="store_true", help="no masks are measured: tables and plot from --out's CSVs")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
     if not options.draw:
-        write_csv(_measure(options), options.out / "quality.csv")
+        kept = read_csv(options.out / "quality.csv") if options.only else []
+        rows = _measure(options)
+        measured = {row.method for row in rows}
+        write_csv([*(row for row in kept if row.method not in measured), *rows], options.out / "quality.csv")
     if options.voc is not None:
         if cams.missing():
             raise SystemExit(f"--voc needs the package {cams.PACKAGE.replace('_', '-')}, for its network")
@@ -64,6 +68,10 @@ def _measure(options: argparse.Namespace) -> list[Row]:
         if method.missing:
             print(f"not measured: {method.name}, needs {method.package}", file=sys.stderr)
     methods = [method for method in METHODS if not method.missing]
+    if options.only:
+        if unknown := set(options.only) - {method.name for method in methods}:
+            raise SystemExit(f"--only {', '.join(unknown)}: expected some of {', '.join(m.name for m in methods)}")
+        methods = [method for method in methods if method is methods[0] or method.name in options.only]
     photos = load_wheels() if options.photos is None else load_folder(options.photos, options.per_kind)
     groups = len({(photo.kind, photo.half) for photo in photos})
     total = groups * len(options.strides) * len(options.noises) * len(methods)

@@ -133,10 +133,7 @@ def _fitted(image: Tensor, maps: Tensor) -> Tensor:
 
 def _fitted_at_full_size(image: Tensor, maps: Tensor) -> Tensor:
     """The preset of the cells' size on the photograph."""
-    rows, columns = _cell(image, maps)
-    module = PAR.for_stride((rows * columns) ** 0.5)
-    module.stride = (rows, columns)
-    return module(image, maps)
+    return PAR.for_stride(_cell(image, maps))(image, maps)
 
 
 SETTINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

@@ -67,17 +67,6 @@ def guided_filter(image: Tensor, masks: Tensor, stride: float) -> Tensor:
     return torch.from_numpy(np.stack([made.filter(np.ascontiguousarray(plane)) for plane in planes])).unsqueeze(0)
 
 
-def joint_bilateral(image: Tensor, masks: Tensor, stride: float) -> Tensor:
-    """Joint bilateral filter of OpenCV over 9 x 9 pixels, sigma 30 grey levels and 4 pixels."""
-    import cv2
-
-    cv2.setNumThreads(torch.get_num_threads())
-    photo = np.ascontiguousarray(image[0].permute(1, 2, 0).numpy())
-    planes = aligned(image, masks, stride)[0].numpy()
-    made = [cv2.ximgproc.jointBilateralFilter(photo, np.ascontiguousarray(plane), 9, 30, 4) for plane in planes]
-    return torch.from_numpy(np.stack(made)).unsqueeze(0)
-
-
 @dataclass(frozen=True)
 class Named:
     """A method, its name in the tables, and the package it needs besides ours."""
@@ -116,5 +105,4 @@ METHODS = (
     Named("PAR.for_stride", fitted),
     Named("dense CRF", dense_crf, "pydensecrf2", "pydensecrf"),
     Named("guided filter", guided_filter, "opencv-contrib-python-headless", "cv2.ximgproc"),
-    Named("joint bilateral filter", joint_bilateral, "opencv-contrib-python-headless", "cv2.ximgproc"),
 )

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import numbers
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from dmsa_kernels.refine.certainty import CertaintyAnchor
 from dmsa_kernels.refine.spec import LCM, AffinitySpec
 
 SMALLEST, LARGEST = 4, 64
-SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
+CELL_SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
 """Dilations as shares of a cell's side: within the cell, where its share of a class is to be put in its place."""
+CELL_ANCHOR = CertaintyAnchor(share=0.9, power=1.5)
 BLOB_STRIDE = 24
 """From this stride on masks are taken to be activation maps of a CNN, whose blobs are wider than a cell."""
 BLOB_SHARES = (1 / 8, 1 / 4, 1 / 2, 1)
+BLOB_ANCHOR = CertaintyAnchor(share=0.6, power=2)
 
 
 @dataclass(frozen=True)
@@ -33,8 +38,8 @@ class FittedPreset:
     spec: AffinitySpec = LCM
 
 
-def fitted_preset(stride: float) -> FittedPreset:
-    """Return the settings for cells of ``stride`` pixels: dilations in proportion to the cell.
+def fitted_preset(stride: float | Sequence[float]) -> FittedPreset:
+    """Return the settings for cells of ``stride`` pixels, a number or rows and columns: dilations in proportion.
 
     Fitted on half of the photographs of `benchmarks/quality`, checked on the other half; docs/refine.md says what was
     searched.
@@ -42,8 +47,12 @@ def fitted_preset(stride: float) -> FittedPreset:
     Raises:
         ValueError: ``stride`` is not a number from 4 to 64 pixels.
     """
-    if isinstance(stride, bool) or not isinstance(stride, numbers.Real) or not SMALLEST <= stride <= LARGEST:
+    sides: Sequence[Any] = stride if isinstance(stride, (tuple, list)) else (stride, stride)
+    if len(sides) != 2 or not all(isinstance(n, numbers.Real) and not isinstance(n, bool) for n in sides):
+        raise ValueError(f"{stride=} must be a number from 4 to 64 pixels, or one for rows and one for columns")
+    if not all(SMALLEST <= n <= LARGEST for n in sides):
         raise ValueError(f"{stride=} must be a number from 4 to 64 pixels; there is no fitted preset for others")
-    shares = BLOB_SHARES if stride >= BLOB_STRIDE else SHARES
-    dilations = sorted({max(1, round(share * float(stride))) for share in shares})
-    return FittedPreset(tuple(dilations), 10, CertaintyAnchor(share=0.6, power=2))
+    side = math.sqrt(sides[0] * sides[1])
+    shares, anchor = (BLOB_SHARES, BLOB_ANCHOR) if side >= BLOB_STRIDE else (CELL_SHARES, CELL_ANCHOR)
+    dilations = sorted({max(1, round(share * side)) for share in shares})
+    return FittedPreset(tuple(dilations), 10, anchor)

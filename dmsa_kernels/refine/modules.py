@@ -224,12 +224,18 @@ class PAR(_WithNeighbours):
         _ = self.spec  # an eps out of range is told now
 
     @classmethod
-    def for_stride(cls, stride: float, **options: Any) -> PAR:
+    def for_stride(cls, stride: float | Sequence[float], **options: Any) -> PAR:
         """Return a module fitted for masks that are averages over cells of ``stride`` x ``stride`` pixels, 4 to 64.
 
+        Dilations are in proportion to the cell; the anchor follows the masks, image by image
+        (:class:`dmsa_kernels.refine.certainty.CertaintyAnchor`).
+
         Args:
-            stride: side of a cell in pixels, such as the patch size of a ViT.
-            options: ``precision``, ``backend``, or another ``anchor``.
+            stride: side of a cell in pixels, such as the patch size of a ViT, or a pair for rows and columns.
+            options: ``precision``, ``backend``, or another ``anchor``, such as 0.1 for masks of zeros and ones.
+
+        Raises:
+            ValueError: no number or pair from 4 to 64.
         """
         preset = fitted_preset(stride)
         settings = {"spec": preset.spec, "anchor": preset.anchor, "stride": stride, **options}

@@ -304,7 +304,7 @@ def test_for_stride(stride):
 
 def test_presets_are_fitted_from_4_to_64_pixels():
     for stride in (3, 65, "16", True):
-        with pytest.raises(ValueError, match=r"must be a number from 4 to 64 pixels"):
+        with pytest.raises(ValueError, match=r"must be a number from 4 to 64"):
             PAR.for_stride(stride)
     assert PAR.for_stride(16, precision="fast", anchor=0.4).anchor == 0.4
 

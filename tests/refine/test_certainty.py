@@ -73,6 +73,14 @@ def test_presets_fit_the_cell(stride):
     assert len(preset.dilations) * preset.num_iter <= 6 * 10  # the cost of PAR as public code runs it
 
 
+def test_a_cell_of_two_sides_has_the_preset_of_their_mean():
+    par = PAR.for_stride((30.5, 45.75))
+    assert par.dilations == list(fitted_preset((30.5 * 45.75) ** 0.5).dilations)
+    assert par(rand(1, 3, 61, 183), rand(1, 2, 2, 4)).shape == (1, 2, 61, 183)
+    with pytest.raises(ValueError, match=r"must be a number from 4 to 64"):
+        PAR.for_stride([8, 8, 8])
+
+
 def test_the_anchor_of_a_preset_comes_from_the_first_masks():
     par, image, masks = PAR.for_stride(8), rand(2, 3, 32, 40), rand(2, 4, 4, 5)
     anchor = par.anchor
