@@ -1,4 +1,4 @@
-"""The drop-in line, tried in three callers shaped as public projects use the refinement.
+"""The drop-in line, tried in five callers shaped as public projects use the refinement.
 
 Every caller gets the module as an argument. It runs once with what those projects have (pad, shift by convolution,
 concatenate, multiply, sum) and once with ours, everything else the same, and the labels must not differ.
@@ -6,13 +6,18 @@ concatenate, multiply, sum) and once with ours, everything else the same, and th
 
 from __future__ import annotations
 
+import re
+import warnings
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.measuring.baselines import materialising
-from dmsa_kernels import PAMR, PAR, local_affinity, propagate
+from dmsa_kernels import PAMR, PAR, AffinitySpec, LocalConsistencyModule, local_affinity, propagate
+from dmsa_kernels.refine import refine
 
 DILATIONS = [1, 2, 4, 8, 12, 24]
 IGNORE = 255
@@ -162,8 +167,200 @@ def test_naclip_half_logits(size):
     assert len(after.unique()) > 3
 
 
+def test_half_logits_give_float32_like_the_replaced_code():
+    image, logits = photographs(1, 40, 50, seed=6), maps(1, 5, (16, 20), seed=7).half()
+    before = PastedForHalf("pamr", [8, 16], 10, "masks")(image, logits)
+    after = PAMR(num_iter=10, dilations=[8, 16])(image, logits)
+    assert after.dtype == before.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert PAR([1, 2], 3)(image, logits.bfloat16()).dtype == torch.float32
+
+
+# --- Talk2DINO, FreeDA: many classes, thirty at a time for memory ----------------------------------------------------
+
+
+def thirty_classes_at_a_time(refinement: nn.Module, image: Tensor, masks: Tensor) -> Tensor:
+    """Labels [H, W] of masks [1, C, h, w]."""
+    with torch.no_grad():
+        parts = [refinement(image, masks[:, first : first + 30]) for first in range(0, masks.shape[1], 30)]
+    return torch.cat(parts, 1)[0].argmax(0)
+
+
+def test_talk2dino_chunks_of_classes():
+    image, masks = photographs(1, 48, 56, seed=8), maps(1, 70, (24, 28), seed=9)
+    before = thirty_classes_at_a_time(Pasted("pamr", [8, 16], 10, "masks"), image, masks)
+    ours = PAMR(num_iter=10, dilations=[8, 16])
+    assert torch.equal(thirty_classes_at_a_time(ours, image, masks), before)
+    labels, _ = ours(image, masks, return_labels=True)  # what docs/dropin.md offers instead of the loop
+    assert torch.equal(labels[0], before)
+    assert len(before.unique()) > 30
+
+
+# --- Box2Mask, 1-stage-wseg: a loss between masks and refined masks, gradients through all iterations ----------------
+
+
+def consistency_loss(refinement: nn.Module, image: Tensor, masks: Tensor, boxes: Tensor) -> Tensor:
+    """Mean absolute change of the masks inside the boxes."""
+    return ((refinement(image, masks) - masks).abs() * boxes).sum() / boxes.sum().clamp(min=1)
+
+
+@pytest.mark.parametrize("dilations", [[2], [1, 4]])
+def test_box2mask_gradients_through_the_masks(dilations):
+    image, masks = photographs(3, 40, 48, seed=10), maps(3, 1, (40, 48), seed=11)
+    boxes = torch.zeros(3, 1, 40, 48)
+    boxes[:, :, 8:30, 5:40] = 1
+    results = []
+    for refinement in (Pasted("lcm", dilations, 10, "masks"), LocalConsistencyModule(num_iter=10, dilations=dilations)):
+        leaf = masks.clone().requires_grad_()
+        loss = consistency_loss(refinement, image, leaf, boxes)
+        loss.backward()
+        results.append((loss.detach(), leaf.grad))
+    (loss, grad), (our_loss, our_grad) = results
+    assert torch.allclose(our_loss, loss, rtol=1e-5)
+    assert (our_grad - grad).norm() <= 1e-5 * grad.norm()
+    assert grad.norm() > 1e-3
+
+
+# --- what else those projects read, set, call and override -----------------------------------------------------------
+
+
 def test_a_wrong_preset_would_be_noticed():
     """The callers above are sensitive: the other family, or the other direction of resizing, changes labels."""
     reference = per_image_pseudo_labels(PAR(num_iter=10, dilations=DILATIONS), *afa_inputs())
     other = per_image_pseudo_labels(PAMR(num_iter=10, dilations=DILATIONS), *afa_inputs())
     assert (reference != other).float().mean() > 0.005
+
+
+X = photographs(2, 9, 8, seed=12)
+MASKS = maps(2, 3, (8, 8), seed=13)
+
+
+def shifted(x: Tensor, dilations: list[int]) -> Tensor:
+    """[B, C, P, H, W] by padding and slicing."""
+    places = [(i, j) for i in (0, 1, 2) for j in (0, 1, 2) if (i, j) != (1, 1)]
+    height, width = x.shape[2:]
+    out = []
+    for d in dilations:
+        padded = F.pad(x, [d] * 4, mode="replicate")
+        out += [padded[..., i * d : i * d + height, j * d : j * d + width] for i, j in places]
+    return torch.stack(out, 2)
+
+
+def test_neighbours_and_submodules():
+    near = shifted(X, [1, 3])
+    assert torch.equal(PAR([1, 3], 1).get_dilated_neighbors(X), near)
+    assert torch.equal(LocalConsistencyModule([1, 3], 1).get_dilated_neighbors(X), near)
+    pamr = PAMR(1, [1, 3])
+    assert torch.equal(pamr.aff_m(X), near)
+    assert torch.equal(pamr.aff_x(X), (near - X[:, :, None]).abs())
+    deviation = torch.cat([near, X[:, :, None], X[:, :, None]], 2).std(2, keepdim=True)
+    assert torch.allclose(pamr.aff_std(X), deviation)
+    for module in (pamr.aff_x, pamr.aff_m, pamr.aff_std):
+        assert module.dilations == [1, 3]
+        assert torch.equal(module.weight_check, module.kernel)
+
+
+def test_dilations_of_the_submodules_count():
+    pamr = PAMR(2, [1])
+    pamr.aff_x.dilations = [3]
+    with pytest.raises(ValueError, match=r"aff_x.dilations=\[3\], aff_m.dilations=\[1\]"):
+        pamr(X, MASKS)
+    pamr.aff_m.dilations = pamr.aff_std.dilations = [3]
+    assert torch.equal(pamr(X, MASKS), refine(X, MASKS, [3], 2, spec="pamr"))
+    pamr.dilations = [2]
+    assert pamr.aff_std.dilations == [2]
+    assert torch.equal(pamr(X, MASKS), refine(X, MASKS, [2], 2, spec="pamr"))
+
+
+def test_constants_of_other_kinds():
+    par = PAR([1, 2], 2)
+    expected = refine(X, MASKS, [1, 2], 2, spec=AffinitySpec(alpha=0.5, eps=0.5e-8, position_weight=0.25))
+    for kind in (float, np.float64, np.float32, torch.tensor, lambda v: nn.Parameter(torch.tensor([v]), False)):
+        par.w1, par.w2 = kind(0.5), kind(0.25)
+        assert torch.equal(par(X, MASKS), expected)
+    par = PAR([1, 2], 2)
+    par.w1 = nn.Parameter(torch.tensor(0.5))
+    with pytest.raises(TypeError, match="w1 requires a gradient, but constants have none here"):
+        par(X, MASKS)
+    with torch.no_grad():
+        par(X, MASKS)
+    lcm = LocalConsistencyModule([1, 2], 2, resize="masks")
+    lcm.alpha = torch.tensor(0.5)
+    spec = AffinitySpec(alpha=0.5, eps=0.5e-8, position_weight=0.0)
+    assert torch.equal(lcm(X, MASKS), refine(X, MASKS, [1, 2], 2, spec=spec))
+
+
+def test_eps_and_spec_of_the_modules():
+    """ClusterCAM adds 1e-5 to the deviation; RML's PAMR is PAR without the distance term."""
+    spec = AffinitySpec(eps=0.3 * 1e-5)
+    assert torch.equal(PAR([1, 2], 2, eps=1e-5)(X, MASKS), refine(X, MASKS, [1, 2], 2, spec=spec))
+    assert torch.equal(PAR([1, 2], 2, spec="lcm")(X, MASKS), refine(X, MASKS, [1, 2], 2, spec="lcm"))
+    other = AffinitySpec(exponent=1, alpha=0.2, sigma="centre_once", eps=1e-6, position_weight=0.0)
+    for module in (PAR([1, 2], 2, spec=other), PAMR(2, [1, 2], spec=other)):
+        assert torch.allclose(module(X, MASKS), refine(X, MASKS, [1, 2], 2, spec=other), rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match="eps=0 must be positive"):
+        PAR([1], 1, eps=0)
+
+
+def test_positions_can_be_set_to_what_they_are():
+    par = PAR([1, 2], 2)
+    expected = par(X, MASKS)
+    par.pos = par.get_pos().double()
+    assert torch.equal(par(X, MASKS), expected)
+    par.pos = 2 * par.pos
+    with pytest.raises(ValueError, match=r"are not the distances of dilations=.*AffinitySpec\(position_weight=0.0"):
+        par(X, MASKS)
+
+
+def test_no_override_is_ignored():
+    class OtherNeighbours(PAR):
+        def get_dilated_neighbors(self, x):
+            return super().get_dilated_neighbors(x) * 2
+
+    class OtherPositions(PAR):
+        def get_pos(self):
+            return super().get_pos() * 2
+
+    class Own(OtherNeighbours):
+        def forward(self, imgs, masks):
+            return self.get_dilated_neighbors(masks).mean(2)
+
+    with pytest.raises(TypeError, match="OtherNeighbours overrides get_dilated_neighbors"):
+        OtherNeighbours([1], 1)(X, MASKS)
+    with pytest.raises(ValueError, match="are not the distances"):
+        OtherPositions([1], 1)(X, MASKS)
+    assert Own([1], 1)(X, MASKS).shape == MASKS.shape
+    par = PAR([1], 1)
+    par.get_dilated_neighbors = lambda x: x
+    with pytest.raises(TypeError, match="overrides get_dilated_neighbors"):
+        par(X, MASKS)
+    pamr = PAMR(1, [1])
+    pamr.aff_m = nn.Identity()
+    pamr.aff_m.dilations = [1]
+    with pytest.raises(TypeError, match="aff_m was replaced"):
+        pamr(X, MASKS)
+
+
+def test_other_kernels_do_not_load():
+    state = PAR([1], 1).state_dict()
+    state["kernel"] = state["kernel"].flip(0)
+    with pytest.raises(RuntimeError, match="kernel holds other filters than the shifts"):
+        PAR([1], 1).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [({}, "num_iter=1 and dilations=[1]"), ({"num_iter": 10}, "dilations=[1]"), ({"dilations": [8, 16]}, "num_iter=1")],
+    ids=str,
+)
+def test_defaults_that_differ_between_copies_are_told(arguments, said):
+    with pytest.warns(UserWarning, match=re.escape(f"PAMR() takes {said}, the defaults of 1-stage-wseg")):
+        pamr = PAMR(**arguments)
+    assert (pamr.num_iter, pamr.dilations) == (arguments.get("num_iter", 1), arguments.get("dilations", [1]))
+
+
+def test_arguments_that_are_written_down_warn_of_nothing():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        PAMR(num_iter=1, dilations=[1])
+        PAMR(1, (1,))

@@ -114,7 +114,7 @@ def test_old_state_dicts_load_strictly_and_equal_the_buffers():
         "aff_m.kernel": _one_hot(eight),
         "aff_std.kernel": _one_hot(nine),
     }
-    for module, old in ((PAR([1], 1), old_par), (PAMR(), old_pamr), (LCM([1], 1), old_par)):
+    for module, old in ((PAR([1], 1), old_par), (PAMR(1, [1]), old_pamr), (LCM([1], 1), old_par)):
         new = module.state_dict()
         assert new.keys() == old.keys()
         assert all(torch.equal(new[key], old[key]) for key in old)
