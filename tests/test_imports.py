@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 KERNELS = (
     ["dmsa_kernels"],
     ["dmsa_kernels.refine", "dmsa_kernels.aspp"],
+    ["dmsa_kernels.plans"],
     ["dmsa_kernels.tuning", "dmsa_kernels.backend"],
     ["dmsa_kernels.compat", "dmsa_kernels._version"],
 )

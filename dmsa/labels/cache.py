@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+
+from dmsa.files import cannot_write, write_atomically
 
 KEY_LENGTH = 16
 
@@ -39,7 +40,7 @@ def dataset_key(dataset: Any) -> str:
             digest.update(f"{dataset.image_name(index)}\n".encode())
     for index in sorted({0, count - 1}):
         try:
-            digest.update(np.ascontiguousarray(dataset.pixels(index)))
+            digest.update(np.ascontiguousarray(dataset.pixels(index)).tobytes())
         except ValueError as error:  # a damaged image is skipped later; its name already is part of the key
             digest.update(type(error).__name__.encode())
     return digest.hexdigest()[:KEY_LENGTH]
@@ -56,20 +57,13 @@ def save_arrays(path: Path, **arrays: np.ndarray) -> None:
     Raises:
         OSError: full disk, read-only folder; names the file.
     """
-    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
+    kept = "What was finished before is kept"
+    contents: dict[str, Any] = arrays
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as stream:
-            np.savez(stream, **arrays)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
     except OSError as error:
-        raise OSError(
-            error.errno, f"could not write {path}: {error.strerror}; what was finished before is kept"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        raise cannot_write(path, error, kept) from error
+    write_atomically(path, lambda stream: np.savez(stream, **contents), consequence=kept)
 
 
 def load_arrays(path: Path, *keys: str) -> dict[str, np.ndarray]:

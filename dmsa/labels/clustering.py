@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -115,7 +115,7 @@ def prepare_centroids(
     bank = build_feature_bank(encoder, dataset, config, cache_dir, batch=batch)
 
     def make() -> Centroids:
-        centroids = cluster(bank, n_things, n_stuff, seed)
+        centroids = cluster(cast(FeatureBank, bank), n_things, n_stuff, seed)  # rank 0 has it, and makes them
         centroids.save(path)
         return centroids
 

@@ -173,7 +173,7 @@ class Task:
         return self.losses(prepared, prepared.counts, epoch)
 
     @torch.no_grad()
-    def explain(self, batch: Mapping[str, Any], epoch: int) -> dict[str, Tensor]:
+    def explain(self, batch: Mapping[str, Any], epoch: int) -> dict[str, Any]:
         """Return the stages between an image and its prediction, for panels.
 
         Returns:
