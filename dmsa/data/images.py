@@ -25,7 +25,7 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 _SIDEWAYS = (5, 6, 7, 8)
-_ORIENTATION, _DEEP = "orientation", "16 bits"  # what is noted in `Image.info`
+_ORIENTATION, _DEEP = "dmsa orientation", "dmsa 16 bits"  # what is noted in `Image.info`
 _DEEP_COLOURS = re.compile("(RGB[AXa]?|LA);16")
 _GREY_STEPS = {"L;2": 85, "L;4": 17}  # by which Pillow multiplies grey of 2 and 4 bits
 _LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF")
@@ -74,9 +74,7 @@ def _raw_mode(image: Image.Image) -> str:
 def as_rgb(image: Image.Image) -> Image.Image:
     """Return an opened or decoded picture as upright RGB of 8 bits a channel; opened files are decoded here.
 
-    What it returned once, it returns as it is.
-
-    Sixteen bits are divided by 256, floating point is taken as 0..1.
+    Sixteen bits are divided by 256, floating point is taken as 0..1. What it returned once, it returns as it is.
 
     Raises:
         CorruptImageError: it cannot be decoded, or the range of its values is unknown.

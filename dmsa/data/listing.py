@@ -68,7 +68,7 @@ def list_files(folder: str | Path, suffixes: Sequence[str], *, flat: bool = Fals
             continue
         for entry in found:
             name = inside + entry.name
-            is_folder = entry.is_dir()
+            is_folder = _is(entry.is_dir)
             if name in skip or (is_folder and flat):
                 continue
             if reason := _reason(entry, is_folder, suffixes, flat):
@@ -95,9 +95,16 @@ def _reason(entry: os.DirEntry, is_folder: bool, suffixes: Sequence[str], exact:
     suffix = os.path.splitext(entry.name)[1]
     if (suffix if exact else suffix.lower()) not in suffixes:
         return f"with the ending {suffix}" if suffix else "without an ending"
-    if not entry.is_file():
+    if not _is(entry.is_file):
         return "linked to nothing" if entry.is_symlink() else "that are no files"
     return None
+
+
+def _is(question: Callable[[], bool]) -> bool:
+    try:
+        return question()
+    except OSError:  # a link to itself, or into a folder that is closed
+        return False
 
 
 def printable(name: str) -> str:

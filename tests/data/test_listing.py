@@ -41,6 +41,7 @@ def test_everything_is_listed_or_said_to_be_left_out(tmp_path):
     os.symlink(folder / "a.jpg", folder / "l.jpg")
     os.symlink(folder, folder / "deep/loop")
     os.symlink(tmp_path / "gone.jpg", folder / "m.jpg")
+    os.symlink(folder / "itself.jpg", folder / "itself.jpg")
     os.symlink(folder / "deep", folder / "again")  # under its own name it comes first
     open(os.fsencode(folder) + b"/caf\xe9.jpg", "wb").close()
     touch(folder / "o\np.jpg")
@@ -60,7 +61,7 @@ def test_everything_is_listed_or_said_to_be_left_out(tmp_path):
     assert listing.left_out == {
         "hidden": ["._a.jpg", ".git"],
         "linked to a folder that is listed already": ["again", "deep/loop"],
-        "linked to nothing": ["m.jpg"],
+        "linked to nothing": ["itself.jpg", "m.jpg"],
         "that are no files": ["n.png"],
         "with a control character in the name": ["o\\np.jpg"],
         "with a name that is not UTF-8": ["caf\\xe9.jpg"],
