@@ -32,11 +32,12 @@ def claim_outputs(
         FileExistsError: an output is there already, and not `force`; nothing was made.
         OSError: the folder cannot be made or written.
     """
-    folder = Path(folder)
+    folder, names = Path(folder), list(names)
     paths = [folder / name for name in names]
     if twice := [str(path) for path, count in Counter(paths).items() if count > 1]:
         raise ValueError(f"{_some(twice)}: several inputs would be written there; rename them, or take them one by one")
-    there = {path: _identity(path) for path in paths if os.path.lexists(path)}
+    real = Path(os.path.realpath(folder))  # `new/../photos` will be `photos` once `new` has been made
+    there = {path: _identity(path) for path in (real / name for name in names) if os.path.lexists(path)}
     read = {_identity(path): path for path in inputs} if there else {}
     if eaten := [str(read[mark]) for mark in there.values() if mark is not None and mark in read]:
         raise ValueError(f"--out={str(folder)!r} would replace what is read: {_some(eaten)}; choose another folder")

@@ -21,14 +21,15 @@ def test_two_outputs_of_one_name_are_refused(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("how", ["itself", "symbolic link", "hard link", "another way"])
+@pytest.mark.parametrize("how", ["itself", "symbolic link", "hard link", "another way", "a way to be made"])
 def test_an_input_is_never_replaced(tmp_path, how):
     photo = tmp_path / "photos/a.png"
     photo.parent.mkdir()
     photo.write_bytes(b"pixels")
     out = tmp_path / "out"
-    if how in ("itself", "another way"):
-        out = photo.parent if how == "itself" else tmp_path / "photos/../photos"
+    ways = {"itself": "photos", "another way": "photos/../photos", "a way to be made": "new/../photos"}
+    if how in ways:
+        out = tmp_path / ways[how]
     else:
         out.mkdir()
         (os.symlink if how == "symbolic link" else os.link)(photo, out / "a.png")
