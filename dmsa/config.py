@@ -163,9 +163,9 @@ class TrainConfig:
     """Compile the frozen blocks and the decoder with torch.compile."""
     deterministic: bool = False
     """Refuse operators that are not deterministic."""
-    step_timeout: float = 120.0
-    """Seconds after which a step that other processes do not share in ends the run (an epoch's first one: as below)."""
-    alone_timeout: float = 1800.0
+    step_timeout: float = 60.0
+    """Seconds without a sign of life from another process after which a step ends the run."""
+    alone_timeout: float = 300.0
     """The same outside steps, where one process may work alone: feature bank, k-means, evaluation, checkpoints."""
     baselines: bool = False
     """Close with baselines that share the run's data and budget: clusterings, labels before training, TransFGU."""

@@ -26,8 +26,10 @@ T = TypeVar("T")
 
 BEAT_SECONDS = 1.0
 """Time between two signs of life of a process."""
-ROLL_CALL_SECONDS = 5.0
-"""How long the shared store may take to answer."""
+ANSWER_SECONDS = 5.0
+"""How long the store that the processes share may take to answer."""
+EXCHANGE_SECONDS = 6 * 3600.0
+"""How long a backend waits for the others: long, because it cannot tell whether they work or are lost."""
 _CONNECTION_WORDS = ("gloo", "nccl", "connection", "processgroup", "tcpstore")
 _watch: _Watch | None = None
 
@@ -80,12 +82,7 @@ def local_device() -> torch.device:
 
 
 @contextlib.contextmanager
-def process_group(
-    timeout_seconds: float = 1800.0,
-    *,
-    exchange_seconds: float = 1800.0,
-    consequence: Callable[[], str] = str,
-) -> Iterator[torch.device]:
+def process_group(timeout_seconds: float = 1800.0, *, consequence: Callable[[], str] = str) -> Iterator[torch.device]:
     """Join the processes that torchrun started (none: do nothing) and yield this process's device.
 
     nccl between GPUs, gloo between CPUs. A process that leaves by an exception does not wait for the others: its error
@@ -93,8 +90,6 @@ def process_group(
 
     Args:
         timeout_seconds: how long a process waits here for the others.
-        exchange_seconds: how long the backend waits for them in every later exchange; `expect` is to end it before,
-            because a backend cannot name who is missing.
         consequence: what is said after the name of a rank that was not heard of, such as how to go on.
 
     Raises:
@@ -119,7 +114,7 @@ def process_group(
             store=store,
             rank=number,
             world_size=processes,
-            timeout=datetime.timedelta(seconds=exchange_seconds),
+            timeout=datetime.timedelta(seconds=EXCHANGE_SECONDS),
             device_id=device if device.type == "cuda" else None,
         )
     except (RuntimeError, ValueError) as error:
@@ -133,7 +128,7 @@ def process_group(
     try:
         yield device
     except RuntimeError as error:
-        lost = _watch.lost() if _watch is not None and _is_connection_error(error) else None
+        lost = _watch.lost(3 * BEAT_SECONDS) if _watch is not None and _is_connection_error(error) else None
         if lost is None:
             raise
         raise lost from error
@@ -308,7 +303,12 @@ def complain(error: BaseException, program: str | None = None) -> None:
         if text.startswith("Caught "):  # a data loader's worker sends its whole traceback as the message
             text = text.strip().splitlines()[-1]
         where = f"rank {number} of {processes}: " if processes > 1 else ""
-        print(f"{program or f'{Path(sys.argv[0]).name}: error'}: {where}{text}", file=sys.stderr, flush=True)
+        line = f"{program or f'{Path(sys.argv[0]).name}: error'}: {where}{text}"
+        if "tqdm" in sys.modules:
+            sys.modules["tqdm"].tqdm.write(line, file=sys.stderr)  # on a line of its own, above progress bars
+        else:
+            print(line, file=sys.stderr)
+        sys.stderr.flush()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
@@ -329,67 +329,68 @@ class _Watch:
 
     A broken link shows in no exchange between processes: packets just stop, and backends wait for their own long time
     or, with nccl, hang where Python cannot see it. So threads look at the clock and at each other's beats, in the store
-    that the processes share.
+    that the processes share. Who beats may work for as long as it likes.
     """
 
     def __init__(self, store: dist.Store, consequence: Callable[[], str]) -> None:
-        self._store, self._consequence = store, consequence
-        self._limit, self._deadline = float("inf"), float("inf")
+        # A client waits for its answers one after the other, even for one that never comes: two threads, two clients.
+        self._written, self._read, self._consequence = store.clone(), store.clone(), consequence
+        self._limit, self._since = float("inf"), time.monotonic()
         self._closed = threading.Event()
         for target in (self._beat, self._look):
             threading.Thread(target=target, name="watch", daemon=True).start()
 
     def expect(self, seconds: float | None) -> None:
         self._limit = self._limit if seconds is None else seconds
-        self._deadline = time.monotonic() + self._limit
+        self._since = time.monotonic()
 
     def close(self) -> None:
         self._closed.set()
 
-    def lost(self, since: str = "") -> LostRankError | None:
-        """Return the error that names who gives no sign of life; None if all do."""
-        store = _within(ROLL_CALL_SECONDS, self._store.clone)
-        before, after = (self._beats(store, wait) for wait in (0, 3 * BEAT_SECONDS))
-        if before is None or after is None:
-            address = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
-            missing = f"rank 0's host ({address}) was"
-        else:
-            still = {number for number in range(world_size()) if before[number] == after[number]}
-            if not still:
+    def lost(self, seconds: float, since: str = "") -> LostRankError | None:
+        """Return the error that names who gives no sign of life within `seconds`; None as soon as all have."""
+        deadline = time.monotonic() + seconds
+        keys = [f"beat/{number}" for number in range(world_size())]
+        before = beats = None
+        while time.monotonic() < deadline and not self._closed.is_set():
+            beats = _within(ANSWER_SECONDS, lambda: self._read.multi_get(keys))
+            before = before or beats
+            if beats and all(old != new for old, new in zip(before, beats, strict=True)):
                 return None
+            time.sleep(BEAT_SECONDS / 4)
+        if beats:
+            still = {number for number, (old, new) in enumerate(zip(before, beats, strict=True)) if old == new}
             missing = f"{_ranks(still)} {'was' if len(still) == 1 else 'were'}"
+        else:
+            address = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+            missing = f"the host of rank 0 ({address}) was"
         return LostRankError("; ".join(filter(None, (f"{missing} not heard of{since}", self._consequence()))))
 
-    def _beats(self, store: dist.Store | None, wait: float) -> list[bytes] | None:
-        """Return every rank's last beat; None if the store does not answer."""
-        time.sleep(wait)
-        keys = [f"beat/{number}" for number in range(world_size())]
-        return None if store is None else _within(ROLL_CALL_SECONDS, lambda: [store.get(key) for key in keys])
-
     def _beat(self) -> None:
-        store, number = self._store.clone(), 0
-        with contextlib.suppress(RuntimeError):  # the store is gone: its host's end is for `_look` to tell
+        with contextlib.suppress(RuntimeError):  # without the store's host the end is near, and `_look` tells it
+            number = 0
             while not self._closed.is_set():
-                store.set(f"beat/{rank()}", str(number := number + 1))
+                self._written.set(f"beat/{rank()}", str(number := number + 1))
                 self._closed.wait(BEAT_SECONDS)
 
     def _look(self) -> None:
-        while not self._closed.wait(0.2):
-            if time.monotonic() < self._deadline:
+        while not self._closed.wait(BEAT_SECONDS / 4):
+            limit = self._limit
+            if time.monotonic() - self._since < limit / 2:
                 continue
-            error = self.lost(f" for {self._limit:g} s")
-            if error is not None:
+            error = self.lost(limit / 2, f" for {limit:g} s")
+            if error is not None and not self._closed.is_set() and time.monotonic() - self._since >= limit:
                 complain(error)
                 os._exit(1)
-            print(f"rank {rank()} has waited for {self._limit:g} s; every rank is alive", file=sys.stderr, flush=True)
-            self.expect(None)
+            if error is None:
+                self.expect(None)
 
 
 def expect(seconds: float | None = None) -> None:
-    """Begin to count: unless this is called again in time, it is checked that every other process still lives.
+    """Begin to count: unless this is called again in time, this process ends if another one gives no sign of life.
 
     Args:
-        seconds: how much time the next part of the work may take; as before if unset.
+        seconds: from this call on; as before if unset.
     """
     if _watch is not None:
         _watch.expect(seconds)

@@ -49,8 +49,7 @@ def started(config: Config, argv: list[str] | None = None) -> Iterator[Trainer]:
         folder = Path(config.out) / "checkpoints"
         return f"the same command goes on from {Checkpoints(folder).newest() or f'the last checkpoint in {folder}'}"
 
-    patience = 2 * max(config.train.alone_timeout, config.train.step_timeout)
-    with distributed.process_group(exchange_seconds=patience, consequence=goes_on) as device:
+    with distributed.process_group(consequence=goes_on) as device:
         distributed.expect(config.train.alone_timeout)
         trainer = Trainer(config, device, sys.argv if argv is None else argv)
         try:

@@ -92,8 +92,7 @@ class Trainer:
         if self.world_size > 1:
             # The pyramid's 1x1 weights have another layout of the same memory than the reducer's buffer.
             warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-            # Nothing in the student changes but by its gradients: there are no buffers to send.
-            self.task.forward = nn.parallel.DistributedDataParallel(self.task.student, broadcast_buffers=False)
+            self.task.forward = nn.parallel.DistributedDataParallel(self.task.student)
         self.log = MetricsLog(config.out, keep_bytes=keep_bytes, step=self.state.step)
         self.window = Window(self.classes.num_classes, device)
         self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
@@ -230,13 +229,13 @@ class Trainer:
             self.window.add(state.step, *self._step(batch))
             state.step += 1
             state.position += 1
-            distributed.expect(config.train.step_timeout)
             self.progress.advance(config.train.batch)
             last = state.position == self.sampler.steps
             if last or state.step % config.train.log_every == 0:
                 save = self._log_window()
                 if save and not last:
                     self._save()
+            distributed.expect(config.train.step_timeout)
 
     def _batches(self) -> Iterator[dict[str, Any]]:
         """Yield this process's part of every batch of the rest of the epoch, on its device."""

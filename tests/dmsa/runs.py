@@ -93,5 +93,6 @@ def assert_same_runs(a: Path, b: Path) -> None:
             store = checkpoint.Checkpoints(run / "checkpoints")
             states.append(checkpoint.load(store.best if best else store.newest()))
             states[-1]["config"].pop("out")
-            states[-1]["config"]["train"].pop("epochs")
+            for option in ("epochs", "step_timeout", "alone_timeout"):
+                states[-1]["config"]["train"].pop(option)
         assert_same(*states)

@@ -1,5 +1,7 @@
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -170,9 +172,7 @@ def test_torchrun_restarts_after_a_killed_worker(tmp_path, two):
     )
     folder = tmp_path / "run" / "checkpoints"
     try:
-        deadline = time.monotonic() + 300
-        while not list(folder.glob("step-*.pt")) and time.monotonic() < deadline and agent.poll() is None:
-            time.sleep(0.01)
+        wait_for_checkpoint(folder, agent)
         workers = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
         os.kill(int(workers[-1]), signal.SIGKILL)
         printed, _ = agent.communicate(timeout=300)
@@ -269,9 +269,7 @@ def test_a_run_that_loses_a_host_for_good_goes_on_with_what_is_left(alone, tmp_p
     second = subprocess.Popen(command, **start)
     folder = tmp_path / "run" / "checkpoints"
     try:
-        deadline = time.monotonic() + 300
-        while not list(folder.glob("step-*.pt")) and time.monotonic() < deadline and first.poll() is None:
-            time.sleep(0.01)
+        wait_for_checkpoint(folder, first)
         workers = Path(f"/proc/{second.pid}/task/{second.pid}/children").read_text().split()
         for process in (second.pid, *map(int, workers)):
             os.kill(process, signal.SIGKILL)
@@ -282,6 +280,110 @@ def test_a_run_that_loses_a_host_for_good_goes_on_with_what_is_left(alone, tmp_p
     assert first.returncode == 0, printed[-15000:]
     assert "going on from" in printed
     assert_close_runs(alone, tmp_path / "run")
+
+
+def wait_for_checkpoint(folder: Path, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 300
+    while not list(folder.glob("step-*.pt")) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+
+
+def test_a_rank_that_gives_no_sign_of_life_is_named(tmp_path):
+    """One process is stopped (SIGSTOP), as seen from the others of a host whose link is cut."""
+    preset = write_preset(tmp_path, epochs=1000, step_timeout=4.0, alone_timeout=4.0)
+    launch = {**ENVIRONMENT, "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "train.py", "--preset", str(preset)],
+            cwd=ROOT, env={**launch, "RANK": str(rank)}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(3)
+    ]  # fmt: skip
+    try:
+        wait_for_checkpoint(tmp_path / "run" / "checkpoints", ranks[0])
+        ranks[1].send_signal(signal.SIGSTOP)
+        began = time.monotonic()
+        printed = {rank: ranks[rank].communicate(timeout=120)[1] for rank in (0, 2)}
+        took = time.monotonic() - began
+    finally:
+        for process in ranks:
+            process.kill()
+    newest = sorted((tmp_path / "run" / "checkpoints").glob("step-*.pt"))[-1]
+    (line,) = own_lines(printed[0])
+    assert line == (
+        f"train.py: error: rank 0 of 3: rank 1 was not heard of for 4 s; the same command goes on from {newest}"
+    )
+    assert "not heard of" in own_lines(printed[2])[0]
+    assert (ranks[0].returncode, ranks[2].returncode) == (1, 1)
+    assert took < 60
+
+
+def can_cut_links() -> bool:
+    if not shutil.which("ip"):
+        return False
+    made = subprocess.run(["ip", "netns", "add", "dmsa-try"], capture_output=True).returncode == 0
+    return made and subprocess.run(["ip", "netns", "del", "dmsa-try"], capture_output=True).returncode == 0
+
+
+@pytest.fixture
+def two_hosts():
+    """Two network namespaces with a link between them; returns a function that cuts it or mends it."""
+
+    def ip(*words: str) -> None:
+        subprocess.run(["ip", *words], check=True, capture_output=True)
+
+    names = ("dmsa-one", "dmsa-two")
+    for name in names:
+        ip("netns", "add", name)
+    try:
+        ip("link", "add", "one", "netns", names[0], "type", "veth", "peer", "name", "two", "netns", names[1])
+        for number, (name, link) in enumerate(zip(names, ("one", "two"), strict=True), 1):
+            ip("-n", name, "addr", "add", f"10.77.0.{number}/24", "dev", link)
+            ip("-n", name, "link", "set", link, "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        yield lambda state: ip("-n", names[0], "link", "set", "one", state)
+    finally:
+        for name in names:
+            for pid in subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True).stdout.split():
+                os.kill(int(pid), signal.SIGKILL)
+            ip("netns", "del", name)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not can_cut_links(), reason="needs the right to make network namespaces")
+def test_the_link_between_two_hosts_is_cut(two, two_hosts, tmp_path):
+    """Both say so within seconds; with the link back, the same command ends with the same bits as one process group."""
+    preset = write_preset(tmp_path, step_timeout=5.0, alone_timeout=5.0)
+
+    def start(number: int, name: str, log: Path) -> subprocess.Popen:
+        command = torchrun(
+            "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_endpoint=10.77.0.1:29411",
+            f"--rdzv_conf=is_host={int(number == 1)}", f"--local-addr=10.77.0.{number}", "train.py",
+            "--preset", str(preset),
+        )  # fmt: skip
+        return subprocess.Popen(
+            ["ip", "netns", "exec", f"dmsa-{name}", *command],
+            cwd=ROOT, env={**ENVIRONMENT, "GLOO_SOCKET_IFNAME": name}, stdout=log.open("w"), stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    logs = [tmp_path / "one.log", tmp_path / "two.log"]
+    hosts = [start(1, "one", logs[0]), start(2, "two", logs[1])]
+    wait_for_checkpoint(tmp_path / "run" / "checkpoints", hosts[0])
+    two_hosts("down")
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not all("not heard of" in log.read_text() for log in logs):
+        time.sleep(0.2)
+    (one,), (other,) = (own_lines(log.read_text()) for log in logs)
+    assert re.search(r"rank 0 of 2: rank 1 was not heard of for 5 s; the same command goes on from \S+step-\d+.pt", one)
+    assert "rank 1 of 2: the host of rank 0 (10.77.0.1:" in other
+    for host in hosts:
+        host.kill()
+        host.wait()
+    two_hosts("up")
+    hosts = [start(1, "one", logs[0]), start(2, "two", logs[1])]
+    assert [host.wait(timeout=300) for host in hosts] == [0, 0], logs[0].read_text()[-3000:]
+    assert "going on from" in logs[0].read_text()
+    assert_same_runs(two, tmp_path / "run")
 
 
 def test_one_process_needs_no_process_group():
