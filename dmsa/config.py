@@ -101,8 +101,10 @@ class LabelConfig:
     """Dilations of PAR, in pixels of the refinement grid."""
     par_iterations: int = 10
     """Iterations of PAR."""
-    label_grid: Literal["tokens", "pixels"] = "tokens"
-    """Resolution at which the pseudo label is compared with the prediction."""
+    par_resolution: Literal["half", "full"] = "half"
+    """Side of the refinement, as a share of the crop's."""
+    label_grid: Literal["pixels", "tokens"] = "pixels"
+    """Resolution at which the pseudo label is compared with the prediction: the refinement's, or the token grid."""
     bank_scales: tuple[float, ...] = (0.5, 0.4, 0.3, 0.2)
     """Window sides of the feature bank, as fractions of the image."""
     bank_crop: int | None = None
@@ -308,74 +310,74 @@ def _convert(value: Any, kind: Any, where: str, source: str) -> Any:
 def resolve_method(config: Config) -> Config:
     """Return `config` with the switches that `config.method` stands for.
 
-    `transfgu` is the baseline row of the paper's tables: no pyramid, no PAR, no segmentation loss. `dmsa_plus` scales
-    the rates to the grid, and on `shapes`, where that was measured to help (docs/shapes.md), takes the map of single
-    patches, compares labels and predictions at the pixels of the refinement, refines predictions too, and has a moving
-    average of the student, from the second epoch on, as teacher and as what is scored. Whatever else differs from the
-    paper is the user's choice; `deviations` lists all of it.
+    `transfgu` is the baseline row of the paper's tables: no pyramid, no PAR, no segmentation loss, labels at the tokens.
+    `dmsa_plus` scales the rates to the grid, and on `shapes`, where that was measured to help (docs/shapes.md), takes
+    the map of single patches, refines predictions too, and has a moving average of the student, from the second epoch
+    on, as teacher and as what is scored. Whatever else differs from the paper is the user's choice; `deviations` lists
+    all of it.
     """
     if config.method == "transfgu":
         return dataclasses.replace(
             config,
             model=dataclasses.replace(config.model, aspp="off"),
-            labels=dataclasses.replace(config.labels, par="off"),
+            labels=dataclasses.replace(config.labels, par="off", label_grid="tokens"),
             losses=dataclasses.replace(config.losses, seg=0.0),
         )
     if config.method == "dmsa_plus":
         config = dataclasses.replace(config, rates=dataclasses.replace(config.rates, grid_aware=True))
         if config.data.name == "shapes":
-            labels = dataclasses.replace(
-                config.labels,
-                cam="single_patch",
-                label_grid="pixels",
-                background_threshold=0.5,
-            )
+            labels = dataclasses.replace(config.labels, cam="single_patch", background_threshold=0.5)
             model = dataclasses.replace(config.model, teacher="ema", ema_momentum=0.97, refine="par")
             train = dataclasses.replace(config.train, teacher_start=1)
             config = dataclasses.replace(config, labels=labels, model=model, train=train)
     return config
 
 
-PAPER_SETTING = {
-    "data.size": 320,
-    "data.crop": 160,
-    "data.crop_scale": [0.4, 1.0],
-    "model.encoder": "vit_small_patch8_224.dino",
-    "model.aspp": "mhsa",
-    "model.aspp_image_pooling": False,
-    "model.decoder_layers": 2,
-    "model.decoder_heads": 6,
-    "model.teacher": "snapshot",
-    "model.refine": "off",
-    "rates.epoch_base": 0,
-    "rates.eval_rates": "checkpoint",
-    "rates.grid_aware": False,
-    "labels.cam": "attention_grad",
-    "labels.par": "on",
-    "labels.par_dilations": [1, 2, 4, 8, 12, 24],
-    "labels.par_iterations": 10,
-    "labels.label_grid": "tokens",
-    "labels.bank_crop": None,
-    "labels.background_threshold": 0.1,
-    "losses.seg": 0.1,
-    "losses.ce": 1.0,
-    "losses.un": 0.3,
-    "losses.cls": 1.0,
-    "train.lr": 1e-4,
-    "train.weight_decay": 5e-4,
-    "train.clip_value": 1.0,
-}
-"""What the paper's method is, option by option; `deviations` compares with it."""
+NOT_THE_METHOD = (
+    "method",
+    "out",
+    "data.name",
+    "data.root",
+    "data.classes",
+    "data.workers",
+    "model.weights",
+    "train.micro_batch",
+    "train.eval_every",
+    "train.log_every",
+    "train.panels",
+    "train.keep_checkpoints",
+    "train.checkpoint_minutes",
+    "train.step_timeout",
+    "train.alone_timeout",
+    "train.compile",
+    "train.deterministic",
+    "train.baselines",
+    "train.seed",
+)
+"""Options that leave the method as it is; `deviations` compares all others."""
+IF_UNSET = {"data.train_images": "all", "data.val_images": "all", "labels.bank_images": "all"}
 
 
 def deviations(config: Config) -> list[str]:
-    """Return what differs from the paper's method, as `option: value (paper: value)`, for the report."""
-    values = flatten(to_dict(config))
-    return [
-        f"{key}: {_show(values[key])} (paper: {_show(paper)})"
-        for key, paper in PAPER_SETTING.items()
-        if values[key] != paper
+    """Return what differs from the paper's setting, as `option: value (paper: value)`, for the report.
+
+    The paper's setting is the preset of the data set; where the paper has none, the defaults, which are VOC's.
+    """
+    paper = Config(data=DataConfig(name=config.data.name))
+    if config.data.name in presets() and config.data.name != DEFAULT_PRESET:
+        paper = load_preset(config.data.name)
+    paper = resolve_method(dataclasses.replace(paper, method="transfgu" if config.method == "transfgu" else "dmsa"))
+    values, wanted = flatten(to_dict(config)), flatten(to_dict(paper))
+
+    def show(key: str, value: Any) -> str:
+        return IF_UNSET.get(key, _show(value)) if value is None else _show(value)
+
+    found = [
+        f"{key}: {show(key, values[key])} (paper: {show(key, wanted[key])})"
+        for key in values
+        if key not in NOT_THE_METHOD and values[key] != wanted[key]
     ]
+    return [*found, *["model.weights: random (paper: DINO's)"] * (config.model.weights == "random")]
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -73,31 +73,34 @@ def fuse(
 
 
 def refine_scores(scores: Tensor, guide: Tensor, config: LabelConfig) -> Tensor:
-    """Refine fused scores with PAR (Eq. 4) at half the crop's resolution.
+    """Refine fused scores with PAR (Eq. 4) at half the crop's resolution, or at all of it.
 
     Args:
         scores: [B, K, h, w] on the token grid.
         guide: [B, 3, S, S'] the crop before colour jitter, any affine scale (PAR divides by the local deviation).
-        config: reads `par`, `par_dilations`, `par_iterations`, `label_grid`.
+        config: reads `par`, `par_dilations`, `par_iterations`, `par_resolution`, `label_grid`.
 
     Returns:
-        with `label_grid=tokens`, [B, K, h, w], each token the mean of its pixels; with `pixels`, [B, K, S//2, S'//2].
+        with `label_grid=pixels`, [B, K, H, W] of the refinement, (S//2, S'//2) or (S, S'); with `tokens`, [B, K, h, w],
+        each token the mean of its pixels.
     """
     if guide.ndim != 4 or guide.shape[1] != 3 or guide.shape[0] != scores.shape[0]:
         raise ValueError(f"{guide.shape=} is not [{scores.shape[0]}, 3, S, S] for {scores.shape=}")
-    for name, choices in (("par", ("on", "off")), ("label_grid", ("tokens", "pixels"))):
+    switches = (("par", ("on", "off")), ("par_resolution", ("half", "full")), ("label_grid", ("pixels", "tokens")))
+    for name, choices in switches:
         if getattr(config, name) not in choices:
             raise ValueError(f"labels.{name}={getattr(config, name)!r} is not one of {', '.join(choices)}")
     grid = (scores.shape[-2], scores.shape[-1])
-    half = (max(guide.shape[2] // 2, 1), max(guide.shape[3] // 2, 1))
+    divisor = 2 if config.par_resolution == "half" else 1
+    size = (max(guide.shape[2] // divisor, 1), max(guide.shape[3] // divisor, 1))
     if config.par == "off":
         if config.label_grid == "tokens":
             return scores
-        return F.interpolate(scores, half, mode="bilinear", align_corners=True)
+        return F.interpolate(scores, size, mode="bilinear", align_corners=True)
     from dmsa_kernels.refine import refine
 
     with torch.no_grad():
-        small = F.interpolate(guide.to(scores.dtype), half, mode="bilinear", antialias=True)
+        small = F.interpolate(guide.to(scores.dtype), size, mode="bilinear", antialias=True)
         refined = cast(Tensor, refine(small, scores, config.par_dilations, config.par_iterations, resize="masks"))
         return F.adaptive_avg_pool2d(refined, grid) if config.label_grid == "tokens" else refined
 

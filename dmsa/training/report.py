@@ -1,10 +1,10 @@
-"""What a run leaves for people: panels and report.md."""
+"""What a run leaves for people: panels, the curve of its scores, and report.md."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -13,9 +13,13 @@ from PIL import Image
 from dmsa.config import Config, deviations
 from dmsa.data.classes import Classes
 from dmsa.data.listing import few
+from dmsa.data.sources import SPLIT_IMAGES
 from dmsa.scoring.table import markdown, paper_rows, percent, score_rows
 from dmsa.training.task import Task
 from dmsa.visualize import colourise, heatmap, panel, predicted_names, predicted_palette
+
+CURVE = "scores.png"
+"""Picture of the scores by epoch, beside report.md."""
 
 
 def draw_panels(
@@ -88,6 +92,7 @@ def report_text(
     commit: str,
     panels: Sequence[str],
     finished: bool,
+    images: int | None = None,
     damaged: Mapping[str, Sequence[str]] | None = None,
 ) -> str:
     """Return report.md.
@@ -102,6 +107,7 @@ def report_text(
         commit: of the source tree.
         panels: paths of pictures, relative to the run folder.
         finished: whether the last epoch is done.
+        images: trained on; the official set's if None.
         damaged: where images were wanted that cannot be decoded, to their names.
     """
     title = {"dmsa": "DMSA", "transfgu": "TransFGU (pyramid, PAR and segmentation loss off)", "dmsa_plus": "DMSA plus"}
@@ -119,6 +125,10 @@ def report_text(
         ),
         "",
     ]
+    deviating = deviations(config)
+    official = SPLIT_IMAGES.get(config.data.name, {}).get("train")
+    if config.data.train_images is None and None not in (images, official) and images != official:
+        deviating.append(f"training images: {images} (paper: {official})")
     lines += ["## Scores", ""]
     if best is None:
         lines += ["No scores: the validation images have no labels, or no epoch is done yet.", ""]
@@ -126,20 +136,26 @@ def report_text(
         own = [_own_row(config, "this run, best epoch", best)]
         if scores[-1]["epoch"] != best["epoch"]:
             own.append(_own_row(config, "this run, last epoch", scores[-1]))
+        notes = list(dict.fromkeys(note for entry in (best, scores[-1]) for note in entry.get("notes", ())))
         published = paper_rows(config.data.name)
+        if deviating or notes:
+            published = [{**row, "source": f"{row['source']}; not comparable"} for row in published]
         lines += markdown(score_rows([*own, *baselines, *published]))
         if not published:
             lines += ["", f"The paper has no row for {config.data.name}: its tables are on VOC 2012 and COCO."]
         lines += ["", f"mIoU and accuracy in percent. Protocol of this run's rows: {best['conditions']}.", ""]
-        notes = list(dict.fromkeys(note for entry in (best, scores[-1]) for note in entry.get("notes", ())))
+        if published and deviating:
+            lines += [
+                f"The paper's rows are not comparable with this run's: {len(deviating)} deviations, listed below.",
+                "",
+            ]
         lines += [*(f"- {note}" for note in notes), ""] if notes else []
     left_out = {where: names for where, names in (damaged or {}).items() if names}
     if left_out:
         lines += ["## Images that cannot be decoded", ""]
         lines += [f"- {where}, {len(names)} left out: {few(names, 50)}" for where, names in left_out.items()]
         lines += [""]
-    deviating = deviations(config)
-    lines += ["## Deviations from the paper's method", ""]
+    lines += ["## Deviations from the paper's setting", ""]
     lines += [f"- {line}" for line in deviating] or ["None."]
     lines += [""]
     if panels:
@@ -152,8 +168,32 @@ def report_text(
         lines += markdown([("class", "IoU", "predicted id"), *((name, percent(100 * v), k) for name, v, k in iou)])
         lines += ["", "## Epochs", ""]
         epochs = [(r["epoch"] + 1, r["step"], percent(100 * r["miou"]), percent(100 * r["accuracy"])) for r in scores]
-        lines += [*markdown([("epoch", "step", "mIoU", "accuracy"), *epochs]), ""]
+        lines += [f"![scores by epoch]({CURVE})", "", *markdown([("epoch", "step", "mIoU", "accuracy"), *epochs]), ""]
     return "\n".join(lines)
+
+
+def draw_scores(scores: Sequence[Mapping[str, Any]], stream: BinaryIO) -> None:
+    """Write mIoU and accuracy by epoch as PNG, the best epoch marked.
+
+    Args:
+        scores: one entry an evaluation, at least one.
+        stream: binary.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.2), layout="constrained")
+    axes = figure.add_subplot()
+    epochs = [entry["epoch"] + 1 for entry in scores]
+    for key, name in (("accuracy", "accuracy"), ("miou", "mIoU")):
+        axes.plot(epochs, [100 * entry[key] for entry in scores], marker=".", label=name)
+    best = max(scores, key=lambda entry: entry["miou"])
+    axes.axvline(best["epoch"] + 1, color="grey", linewidth=0.8, linestyle=":", label="best mIoU")
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("%")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    figure.savefig(stream, format="png", dpi=110)
 
 
 def _own_row(config: Config, name: str, entry: Mapping[str, Any]) -> dict[str, Any]:

@@ -33,6 +33,7 @@ class RunFolder:
     | panels/ | epoch-*.png |
     | cache/ | feature bank and centroids |
     | nonfinite/ | the batch that made a loss infinite or NaN |
+    | scores.png | mIoU and accuracy by epoch |
     | report.md | scores beside the paper's, and the command |
 
     Args:

@@ -33,7 +33,7 @@ from dmsa.scoring.protocols import Protocol
 from dmsa.scoring.refined import refined, remarks
 from dmsa.training.nonfinite import stop_nonfinite
 from dmsa.training.progress import MetricsLog, Progress, git_commit, say
-from dmsa.training.report import draw_panels, report_text
+from dmsa.training.report import CURVE, draw_panels, draw_scores, report_text
 from dmsa.training.run import NotScoredError, RunFolder, commits, launch_command
 from dmsa.training.sampler import EpochBatches
 from dmsa.training.setup import PRECISIONS, build_optimizer, check_sizes, set_up_torch
@@ -453,11 +453,14 @@ class Trainer:
             commit=", ".join(commits(self.config.out)),
             panels=[f"panels/{name}" for name in panels[-1:]],
             finished=self.state.epoch >= self.config.train.epochs,
+            images=self.train_data.images,
             damaged={
                 "training": self.state.skipped,
                 "feature bank": json.loads(self.centroids["provenance"]).get("skipped", []),
             },
         )
+        if self.state.scores:
+            write_atomically(self.folder.path / CURVE, lambda stream: draw_scores(self.state.scores, stream))
         return self.folder.write_text("report.md", text)
 
     def _save(self, best: bool = False) -> None:

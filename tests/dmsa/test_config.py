@@ -157,6 +157,7 @@ def test_values_out_of_range(arguments, words):
 def test_methods_are_switches():
     transfgu = parse(["--method", "transfgu"])
     assert (transfgu.model.aspp, transfgu.labels.par, transfgu.losses.seg) == ("off", "off", 0.0)
+    assert (parse([]).labels.label_grid, transfgu.labels.label_grid) == ("pixels", "tokens")
     plus = parse(["--method", "dmsa_plus"])
     assert (plus.rates.grid_aware, plus.labels.cam, plus.labels.label_grid) == (True, "single_patch", "pixels")
     assert not parse([]).rates.grid_aware
@@ -167,6 +168,32 @@ def test_deviations_are_listed():
     config = dataclasses.replace(load_preset("voc"), method="dmsa_plus")
     config = configuration.resolve_method(config)
     assert configuration.deviations(config) == ["rates.grid_aware: True (paper: False)"]
+
+
+def test_every_option_that_is_not_the_papers_is_a_deviation():
+    """Whatever a user may have changed to get a run through: batch, epochs, repeats, bank, schedule, images."""
+    small = (
+        "--data.root x --train.batch 32 --train.epochs 4 --data.repeat 1 --labels.bank-images 64 --data.val-images 9"
+    )
+    small += " --train.teacher-start 1 --train.precision bf16 --model.encoder shapes_vit_tiny --model.decoder-heads 4"
+    found = configuration.deviations(parse(["--preset", "voc", *small.split()]))
+    assert set(found) == {
+        "data.repeat: 1 (paper: 20)",
+        "data.val_images: 9 (paper: all)",
+        "labels.bank_images: 64 (paper: all)",
+        "model.decoder_heads: 4 (paper: 6)",
+        "model.encoder: shapes_vit_tiny (paper: vit_small_patch8_224.dino)",
+        "train.batch: 32 (paper: 512)",
+        "train.epochs: 4 (paper: 100)",
+        "train.precision: bf16 (paper: fp32)",
+        "train.teacher_start: 1 (paper: 5)",
+    }
+    for name in ("voc", "voc_aug", "coco80", "coco_stuff27"):
+        for method in ("dmsa", "transfgu"):
+            assert configuration.deviations(parse(["--preset", name, "--data.root", "x", "--method", method])) == []
+    kept = set(configuration.flatten(to_dict(Config()))) - set(configuration.NOT_THE_METHOD)
+    assert {"losses.seg", "rates.epoch_base", "data.crop", "train.lr"} < kept
+    assert set(configuration.NOT_THE_METHOD) <= set(configuration.flatten(to_dict(Config())))
 
 
 def test_differences_list_both_values():

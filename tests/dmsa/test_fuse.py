@@ -48,7 +48,7 @@ def test_constant_cam_gives_background_everywhere():
 
 
 @pytest.mark.parametrize("guide_size", [(32, 32), (34, 50), (7, 9)])
-def test_refinement_is_par_at_half_the_crop_pooled_to_the_tokens(guide_size):
+def test_refinement_is_par_at_half_the_crop_or_all_of_it_or_pooled_to_the_tokens(guide_size):
     scores, guide = torch.rand(2, 3, 4, 4), torch.rand(2, 3, *guide_size)
     half = (guide_size[0] // 2, guide_size[1] // 2)
     small = F.interpolate(guide, half, mode="bilinear", antialias=True)
@@ -56,8 +56,10 @@ def test_refinement_is_par_at_half_the_crop_pooled_to_the_tokens(guide_size):
     pixels = refine_scores(scores, guide, replace(CONFIG, label_grid="pixels"))
     assert pixels.shape == (2, 3, *half)
     torch.testing.assert_close(pixels, expected)
-    tokens = refine_scores(scores, guide, CONFIG)
+    tokens = refine_scores(scores, guide, replace(CONFIG, label_grid="tokens"))
     torch.testing.assert_close(tokens, F.adaptive_avg_pool2d(expected, (4, 4)))
+    whole = refine_scores(scores, guide, replace(CONFIG, par_resolution="full"))
+    torch.testing.assert_close(whole, PAR(CONFIG.par_dilations, CONFIG.par_iterations)(guide, scores))
 
 
 def test_refinement_follows_the_edges_of_the_guide():

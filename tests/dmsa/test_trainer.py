@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dmsa import checkpoint
@@ -97,6 +98,8 @@ def test_report_shows_scores_deviations_and_command(finished):
     assert "model.encoder: shapes_vit_tiny (paper: vit_small_patch8_224.dino)" in report
     assert "![epoch-0003](panels/epoch-0003.png)" in report
     assert "All 3 epochs are done" in report
+    assert "![scores by epoch](scores.png)" in report
+    assert Image.open(finished[0] / "scores.png").size[0] > 300
 
 
 def test_report_prints_the_papers_rows():
@@ -113,11 +116,20 @@ def test_report_prints_the_papers_rows():
         config, classes, scores=[entry], best=entry, baselines=rows, command="x", commit="y", panels=[], finished=False
     )
     assert "| DMSA | 17.82 | 46.43 | transfgu |" in text
+    assert "not comparable" not in text
     assert "| TransFGU | 16.19 | 44.52 |" in text
     assert "| dmsa (this run, best epoch) | 10.00 | 50.00 | transfgu | epoch 6, 7 images |" in text
     assert "| k-means | 1.00 | - | transfgu | here |" in text
     assert "None." in text
     assert "| b | - | 0 |" in text
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch=32))
+    text = report_text(
+        config, classes, scores=[entry], best=entry, baselines=[], command="x", commit="y", panels=[], finished=False, images=223,
+    )  # fmt: skip
+    assert re.search(r"\| DMSA \| 17.82 \| 46.43 \| transfgu \| .*; not comparable \|", text)
+    assert "The paper's rows are not comparable with this run's: 2 deviations" in text
+    assert "- train.batch: 32 (paper: 256)" in text
+    assert "- training images: 223 (paper: 118287)" in text
 
 
 def test_a_finished_run_stays_finished(finished, capsys):
@@ -505,7 +517,10 @@ def test_negative_labels_share_one_permutation_over_the_parts(trainer):
     assert not torch.equal(task.prepare(batch, 1, 8).negative, whole)
 
 
-def test_one_batch_is_learnt_by_heart(trainer):
+def test_one_batch_is_learnt_by_heart(tmp_path):
+    base = tiny_config(tmp_path / "run")
+    config = dataclasses.replace(base, labels=dataclasses.replace(base.labels, label_grid="tokens"))
+    trainer = Trainer(config, torch.device("cpu"), ["train.py"])
     task = trainer.task
     batch = next(iter(trainer._batches()))
     prepared = task.prepare(batch, 0, 0)
@@ -519,6 +534,7 @@ def test_one_batch_is_learnt_by_heart(trainer):
     assert losses["ce"].item() < 0.25 * first
     prediction = task.student(None, task.rates(0, (6, 6)), frozen=prepared.attended)["logits"].argmax(1)
     assert (prediction == prepared.label).double().mean() > 0.9
+    trainer.close()
 
 
 def test_pyramid_and_decoder_are_trained_and_the_encoder_is_not(finished):
@@ -622,8 +638,6 @@ def test_window_adds_up_and_finds_the_first_broken_step():
 
 
 def test_photographs_without_labels_train_without_scores(tmp_path, capsys):
-    from PIL import Image
-
     rng = np.random.default_rng(0)
     (tmp_path / "photos").mkdir()
     for number in range(12):
@@ -645,8 +659,6 @@ def test_photographs_without_labels_train_without_scores(tmp_path, capsys):
 
 def photographs(folder, masks, damaged=()):
     """Write twelve noise images with or without masks, some of them cut off in the middle."""
-    from PIL import Image
-
     rng = np.random.default_rng(0)
     for split in ("train", "val"):
         for kind in ("images", "masks"):
@@ -705,8 +717,6 @@ def test_damaged_images_are_not_forgotten_by_a_run_that_goes_on(tmp_path, monkey
 
 
 def test_a_bad_training_label_stops_no_run(tmp_path):
-    from PIL import Image
-
     photographs(tmp_path / "data", masks=True)
     (tmp_path / "data" / "classes.txt").write_text("a\nb\nc\nd\n")
     Image.new("RGB", (56, 40)).save(tmp_path / "data" / "masks" / "train" / "03.png")
@@ -716,8 +726,6 @@ def test_a_bad_training_label_stops_no_run(tmp_path):
 
 def test_a_bad_validation_label_costs_no_epoch(tmp_path):
     """Stopped by it twice, then mended: the run ends as one that never met it."""
-    from PIL import Image
-
     photographs(tmp_path / "data", masks=True)
     (tmp_path / "data" / "classes.txt").write_text("a\nb\nc\nd\n")
     one, two = (folder_config(tmp_path / name, tmp_path / "data", epochs=2, batch=12) for name in ("one", "two"))
