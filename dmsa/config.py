@@ -310,7 +310,7 @@ def _convert(value: Any, kind: Any, where: str, source: str) -> Any:
 def resolve_method(config: Config) -> Config:
     """Return `config` with the switches that `config.method` stands for.
 
-    `transfgu` is the baseline row of the paper's tables: no pyramid, no PAR, no segmentation loss, labels at the tokens.
+    `transfgu` is the baseline row of the paper's tables: no pyramid, PAR or segmentation loss, labels at the tokens.
     `dmsa_plus` scales the rates to the grid, and on `shapes`, where that was measured to help (docs/shapes.md), takes
     the map of single patches, refines predictions too, and has a moving average of the student, from the second epoch
     on, as teacher and as what is scored. Whatever else differs from the paper is the user's choice; `deviations` lists

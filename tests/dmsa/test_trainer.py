@@ -124,7 +124,8 @@ def test_report_prints_the_papers_rows():
     assert "| b | - | 0 |" in text
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch=32))
     text = report_text(
-        config, classes, scores=[entry], best=entry, baselines=[], command="x", commit="y", panels=[], finished=False, images=223,
+        config, classes, scores=[entry], best=entry, baselines=[], command="x", commit="y", panels=[], finished=False,
+        images=223,
     )  # fmt: skip
     assert re.search(r"\| DMSA \| 17.82 \| 46.43 \| transfgu \| .*; not comparable \|", text)
     assert "The paper's rows are not comparable with this run's: 2 deviations" in text
