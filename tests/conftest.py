@@ -2,7 +2,30 @@
 
 import os
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Forward and gradients of every operator against golden data or the definition, labels, ragged class sets.
+QUICK_INTERPRETED = (
+    "aspp/test_project.py::test_without_bias_and_offset_and_with_an_expanded_gradient",
+    "refine/test_anchor.py::test_the_formula",
+    "refine/test_edge_cases.py::test_labels_are_the_argmax",
+    "refine/test_golden.py::test_forward",
+    "refine/test_golden.py::test_gradients",
+    "refine/test_valid_classes.py::test_labels_are_of_the_valid_classes",
+)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Interpreted kernels take milliseconds a program: but for these tests, their cases are slow ones."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    for item in items:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        quick = any(f"tests/{name}" in item.nodeid for name in QUICK_INTERPRETED)
+        if parameters.get("backend") == "triton" and not quick:
+            item.add_marker(pytest.mark.slow)

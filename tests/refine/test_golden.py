@@ -38,6 +38,7 @@ def test_forward(name, backend):
     assert error[..., ~edge].max() <= 2e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["pamr_default", "par_afa_224"])
 def test_triton_on_a_corner_of_the_large_files(name):
     """Their settings and pixels on two tiles, which the interpreter can do; the expected values are the definition's.
