@@ -39,11 +39,11 @@ def depthwise_from_head(state: Mapping[str, Tensor], style: str, prefix: str | N
             ``"torchvision"`` (its DeepLab names with separable convolutions), or a pattern of one's own with ``{}`` for
             the branch, such as ``"branches.{}.depthwise.weight"``.
         prefix: what stands before these names, such as ``"decode_head."``, ``"decode_head.fuse_layer."`` (DAFormer),
-            ``"decoder.aspp.0."``, ``"decoder.0."`` or ``"classifier.aspp."``; ``None`` finds it if there is one head.
+            ``"decoder.aspp.0."``, ``"decoder.aspp."`` or ``"classifier.aspp."``; ``None`` finds it if there is one head.
 
     Raises:
-        ValueError: ``style`` is unknown, no branch or several heads are found, or a branch is not depthwise or has
-            another shape than the first.
+        ValueError: ``style`` is unknown, no branch or several heads are found, the head is not separable, or a branch
+            is not depthwise or has another shape than the first.
     """
     name = re.escape(_pattern(style)).replace(r"\{\}", r"(\d+)")
     before = r"((?:.*\.)?)" if prefix is None else f"({re.escape(prefix)})"
@@ -54,6 +54,12 @@ def depthwise_from_head(state: Mapping[str, Tensor], style: str, prefix: str | N
             heads.setdefault(match[1], {})[int(match[2])] = value
     if not heads:
         wanted = ("" if prefix is None else prefix) + _pattern(style)
+        full = _full_branch(state, style, before)
+        if full is not None:
+            raise ValueError(
+                f"{style=}, {prefix=}: no {wanted!r} in the state dict; its branches are full convolutions"
+                f" ({full!r} is {list(state[full].shape)}): the head is not separable, and has no depthwise filters"
+            )
         raise ValueError(f"{style=}, {prefix=}: no {wanted!r} in the state dict; keys: {sorted(state)[:5]}")
     if len(heads) > 1:
         raise ValueError(f"{style=}: several heads in the state dict, choose one by prefix: {sorted(heads)}")
@@ -90,6 +96,16 @@ def depthwise_to_head(weight: Tensor, style: str, prefix: str = "", first: int =
         prefix + pattern.replace("{}", str(place)): value.unsqueeze(1).clone()
         for place, value in enumerate(weight.detach(), start=first)
     }
+
+
+def _full_branch(state: Mapping[str, Tensor], style: str, before: str) -> str | None:
+    """Return the key of a branch's full k x k convolution, where the depthwise one would be in a separable head."""
+    branches = re.escape(_pattern(style).split("{}")[0])
+    for key, value in sorted(state.items()):
+        inside = re.match(before + branches + r"\d+\.", key)
+        if inside and value.dim() == 4 and value.shape[1] > 1 and value.shape[2] > 1:
+            return key
+    return None
 
 
 def _pattern(style: str) -> str:

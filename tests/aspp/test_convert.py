@@ -55,8 +55,8 @@ HEADS = {
     ),
     "smp DeepLabV3, separable": (
         "segmentation_models_pytorch",
-        "decoder.0.",
-        sequential_head(512, 256, "decoder.0.", "0.weight", "1.weight"),
+        "decoder.aspp.",
+        sequential_head(512, 256, "decoder.aspp.", "0.weight", "1.weight"),
     ),
     "torchvision names, separable": (
         "torchvision",
@@ -68,7 +68,7 @@ DEPTHWISE_KEYS = {
     "mmseg DeepLabV3+": "decode_head.aspp_modules.2.depthwise_conv.conv.weight",
     "DAFormer": "decode_head.fuse_layer.aspp_modules.2.depthwise_conv.conv.weight",
     "smp DeepLabV3Plus": "decoder.aspp.0.convs.2.0.0.weight",
-    "smp DeepLabV3, separable": "decoder.0.convs.2.0.0.weight",
+    "smp DeepLabV3, separable": "decoder.aspp.convs.2.0.0.weight",
     "torchvision names, separable": "classifier.aspp.convs.2.0.body.0.weight",
 }
 
@@ -130,6 +130,20 @@ def test_of_several_heads_one_must_be_chosen():
     with pytest.raises(ValueError, match=r"ema_model\."):
         depthwise_from_head(state, "mmseg")
     assert torch.equal(depthwise_from_head(state, "mmseg", "model."), student)
+
+
+@pytest.mark.parametrize(
+    ("style", "key"),
+    [
+        ("segmentation_models_pytorch", "decoder.aspp.convs.1.0.weight"),
+        ("mmseg", "decode_head.aspp_modules.1.conv.weight"),
+        ("torchvision", "classifier.classifier.0.convs.1.0.weight"),
+    ],
+)
+def test_a_head_of_full_convolutions_is_not_separable(style, key):
+    state = {key.replace(".1.", ".0.", 1): torch.zeros(4, 6, 1, 1), key: torch.zeros(4, 6, 3, 3)}
+    with pytest.raises(ValueError, match=r"full convolutions \('.*' is \[4, 6, 3, 3\]\): the head is not separable"):
+        depthwise_from_head(state, style)
 
 
 def test_heads_that_do_not_fit_are_named():
