@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dmsa import cli, config
-from dmsa_kernels.refine import LCM, PAMR, PAR
+from dmsa_kernels.refine import PAMR, PAR, LocalConsistencyModule
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "benchmarks" / "README.md", *(ROOT / "docs").glob("*.md")])
@@ -79,10 +79,12 @@ def test_readme_code_runs():
 
 def test_readme_replacements_are_callable():
     image, masks = torch.rand(1, 3, 9, 9), torch.rand(1, 2, 9, 9)
-    calls = re.findall(r"`((?:PAR|PAMR|LCM)\([^`]+\))`", README)
+    names = {"PAR": PAR, "PAMR": PAMR, "LocalConsistencyModule": LocalConsistencyModule}
+    calls = re.findall(rf"`((?:{'|'.join(names)})\(\w+=[^`]+\))`", README)
     assert len(calls) == 4
-    for call in calls:
-        module = eval(call, {"PAR": PAR, "PAMR": PAMR, "LCM": LCM})
+    page = (ROOT / "docs" / "dropin.md").read_text(encoding="utf-8")
+    for call in calls + re.findall(rf"`((?:{'|'.join(names)})\(num_iter=\d[^`]+\))`", page):
+        module = eval(call, names)
         assert module(image, masks).shape == masks.shape
 
 

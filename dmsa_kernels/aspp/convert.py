@@ -39,7 +39,7 @@ def depthwise_from_head(state: Mapping[str, Tensor], style: str, prefix: str | N
             ``"torchvision"`` (its DeepLab names with separable convolutions), or a pattern of one's own with ``{}`` for
             the branch, such as ``"branches.{}.depthwise.weight"``.
         prefix: what stands before these names, such as ``"decode_head."``, ``"decode_head.fuse_layer."`` (DAFormer),
-            ``"decoder.aspp.0."``, ``"decoder.aspp."`` or ``"classifier.aspp."``; ``None`` finds it if there is one head.
+            ``"decoder.aspp.0."``, ``"decoder.aspp."``, ``"classifier.aspp."``; ``None`` finds it if there is one head.
 
     Raises:
         ValueError: ``style`` is unknown, no branch or several heads are found, the head is not separable, or a branch

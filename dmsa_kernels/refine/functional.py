@@ -77,8 +77,8 @@ def local_affinity(
     Single-Stage Semantic Segmentation, CVPR 2020 (PAMR); Eq. 4 of DMSA.
 
     Args:
-        image: guide ``[B, K, H, W]``, floating point, any strides and any value range (the affinity divides by the
-            local standard deviation).
+        image: guide ``[B, K, H, W]``, floating point, any strides; contrasts from 1e-15 to 1e15 (the affinity divides
+            by the local standard deviation, so that 0 to 1 and 0 to 255 are as good).
         dilations: positive integers in pixels, in any order, repeats allowed.
         spec: a preset (``"par"``, ``"pamr"``, ``"lcm"``) or an :class:`AffinitySpec`.
         precision: ``"exact"`` stores float32 weights (float64 for a float64 image), ``"fast"`` float16.
@@ -215,7 +215,7 @@ def refine(
     """Refine ``masks`` along the edges of ``image``: :func:`local_affinity`, then :func:`propagate`.
 
     Args:
-        image: guide ``[B, K, H, W]``, floating point, any value range.
+        image: guide ``[B, K, H, W]``, floating point; see :func:`local_affinity`.
         masks: ``[B, C, h, w]``, floating point, on the image's device.
         dilations: positive integers in pixels of the map on which is refined.
         num_iter: iterations T >= 0; 0 returns the resized masks.
