@@ -199,7 +199,8 @@ def read_job(job: Job, reading: Reading, settings: Settings) -> tuple[np.ndarray
         maps = add_background(maps, settings, None if job.background is None else read_plane(job.background))
     except ValueError as error:
         raise ValueError(f"{job.masks[0].path}: {error}") from error
-    if reading.needs_background and maps.ids and 0 not in maps.ids and settings.thresholds is None:
+    scores = maps.ignored is None and maps.ids
+    if reading.needs_background and scores and 0 not in maps.ids and settings.thresholds is None:
         raise NoBackgroundError(
             f"{job.masks[0].path} has no map of the background (class 0): give its score, such as --background 0.3, or"
             " a folder of maps, or --background none if there is no such class"

@@ -50,14 +50,15 @@ class Maps:
     """Scores of the classes of one image.
 
     Attributes:
-        ids: class of each plane; 255 for the plane of pixels to ignore.
+        ids: class of each plane.
         scores: float32 `[len(ids), h, w]`, of any size.
-        hard: they are class indices, zeros and ones that do not tell how sure they are.
+        ignored: bool `[h, w]`, pixels that stay 255, of class indices; these are zeros and ones that do not tell how
+            sure they are. `None` for scores.
     """
 
     ids: tuple[int, ...]
     scores: np.ndarray
-    hard: bool = False
+    ignored: np.ndarray | None = None
 
 
 def find_masks(folder: Path, images: Mapping[str, Path]) -> tuple[dict[str, list[MaskFile]], list[str]]:
@@ -137,9 +138,9 @@ def read_plane(path: Path) -> np.ndarray:
 
 
 def from_indices(ids: np.ndarray) -> Maps:
-    """Return one plane of zeros and ones for each class index in `ids`, uint8 `[h, w]`, 255 last."""
-    present = np.unique(ids)
-    return Maps(tuple(present.tolist()), (ids == present[:, None, None]).astype(np.float32), hard=True)
+    """Return one plane of zeros and ones for each class index in `ids`, uint8 `[h, w]`; 255 has none."""
+    present = np.unique(ids[ids != IGNORE])
+    return Maps(tuple(present.tolist()), (ids == present[:, None, None]).astype(np.float32), ids == IGNORE)
 
 
 def _of_dictionary(path: Path, stored: Mapping[Any, Any], first_class: int) -> tuple[list[int], Any]:

@@ -133,22 +133,24 @@ class Refiner:
         """
         photo = torch.from_numpy(image).to(self.device).permute(2, 0, 1).unsqueeze(0).float()  # [1, 3, H, W]
         planes = torch.from_numpy(maps.scores).to(self.device).unsqueeze(0)  # [1, C, h, w]
+        hard = maps.ignored is not None
+        if maps.ignored is not None:
+            ignored = torch.from_numpy(maps.ignored).to(planes)
+            planes = torch.cat([planes, ignored[None, None]], 1)
         size = (image.shape[0], image.shape[1])
         if any(n > whole for n, whole in zip(planes.shape[2:], size, strict=True)):
             planes = F.interpolate(planes, size, mode="area")
         cell = cell_of(size, (planes.shape[2], planes.shape[3]), self.settings.stride)
         coarse = enlarge(planes, size, cell)
-        refined = self._module(cell, maps.hard)(photo, planes) if planes.shape[1] else coarse
+        stays = coarse[0, -1].cpu().numpy() > 0.5 if hard else np.zeros(size, dtype=bool)
+        planes, coarse = planes[:, : len(maps.ids)], coarse[:, : len(maps.ids)]
+        refined = self._module(cell, hard)(photo, planes) if maps.ids else coarse
         gain = 1.01**10 if self.settings.preset == "par" else 1.0  # what PAR makes of a constant, a threshold too
         before, after = coarse[0].cpu().numpy(), refined[0].cpu().numpy() / gain
-        return Refined(
-            labels=decide(maps.ids, after, self.settings.thresholds),
-            ids=maps.ids,
-            scores=after,
-            coarse=decide(maps.ids, before, self.settings.thresholds),
-            coarse_scores=before,
-            swept=self.settings.thresholds is not None,
-        )
+        labels, coarse_labels = (decide(maps.ids, scores, self.settings.thresholds) for scores in (after, before))
+        labels[stays] = coarse_labels[stays] = IGNORE
+        swept = self.settings.thresholds is not None
+        return Refined(labels, maps.ids, after, coarse_labels, before, swept)
 
     def _module(self, cell: tuple[float, float] | None, hard: bool) -> Callable[[Tensor, Tensor], Tensor]:
         if self.settings.preset == "par":

@@ -109,10 +109,29 @@ def test_pixels_to_ignore_stay_ignored(folders):
         ids = truth(folders, i)
         ids[:, :16] = 255
         Image.fromarray(ids).save(folders / "masks" / f"p{i}.png")
-    assert refine(folders, "--stride", "4") == 0
+    assert refine(folders, "--stride", "8") == 0
     written = np.array(Image.open(folders / "out" / "p0.png"))
-    assert (written[:, :12] == 255).all()
-    assert (written[:, 20:] != 255).all()
+    assert (written[:, :16] == 255).all()
+    assert (written[:, 16:] == truth(folders, 0)[:, 16:]).mean() > 0.97
+
+
+def test_class_indices_without_the_class_0_and_of_ignored_pixels_alone(folders):
+    for i, value in enumerate((3, 255, 7)):
+        Image.new("L", SIZE[::-1], value).save(folders / "masks" / f"p{i}.png")
+    assert refine(folders, "--stride", "8") == 0
+    assert [np.unique(np.array(Image.open(folders / "out" / f"p{i}.png"))).tolist() for i in range(3)] == [
+        [3],
+        [255],
+        [7],
+    ]
+
+
+def test_masks_larger_than_the_image(folders):
+    for i in range(3):
+        ids = truth(folders, i).repeat(3, 0).repeat(3, 1)
+        Image.fromarray(ids).save(folders / "masks" / f"p{i}.png")
+    assert refine(folders, "--stride", "4") == 0
+    assert min(agreement(folders, i) for i in range(3)) > 0.97
 
 
 def test_low_and_high_leave_pixels_out(folders):
