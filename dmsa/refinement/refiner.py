@@ -108,7 +108,7 @@ def add_background(maps: Maps, settings: Settings, background: np.ndarray | None
         return maps
     if background.shape != maps.scores.shape[1:]:
         raise ValueError(f"the background is a map of {background.shape}, the classes of {maps.scores.shape[1:]}")
-    return Maps((0, *maps.ids), np.concatenate([background[None], maps.scores]))
+    return Maps((0, *maps.ids), np.concatenate([background[None], maps.scores]), maps.ignored)
 
 
 @dataclass
