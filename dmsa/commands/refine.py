@@ -15,7 +15,7 @@ from tqdm import tqdm
 from dmsa.data.listing import few, read_lines
 from dmsa.refinement.folder import Reading, Worker, check_background, plan, prepare, run, total_counts
 from dmsa.refinement.refiner import Preset, Settings
-from dmsa.refinement.report import best_thresholds, score_rows, write_report
+from dmsa.refinement.report import FILES, best_thresholds, score_rows, write_report
 from dmsa.scoring.table import columns
 
 
@@ -94,9 +94,9 @@ def main(argv: list[str]) -> int:
     device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no GPU here")
-    processes = (
-        options.workers if options.workers is not None else min(os.cpu_count() or 1, 8) if device == "cpu" else 1
-    )
+    processes = options.workers
+    if processes is None:
+        processes = min(os.cpu_count() or 1, 8) if device == "cpu" else 1
     if processes < 1:
         raise ValueError(f"--workers {processes} must be at least 1")
 
@@ -112,7 +112,8 @@ def main(argv: list[str]) -> int:
     check_background(found.jobs, reading, settings)
     asked = ("images", "masks", "preset", "stride", "background", "low", "high", "first_class", "truth")
     record = {key: _plain(getattr(options, key)) for key in asked}
-    todo = prepare(options.out, found.jobs, record, force=options.force)
+    reports = FILES if options.truth is not None else ()
+    todo = prepare(options.out, found.jobs, record, others=reports, force=options.force)
     notes = list(found.notes)
     if len(todo) < len(found.jobs):
         print(f"{len(found.jobs) - len(todo)} of {len(found.jobs)} images are done already", file=sys.stderr)

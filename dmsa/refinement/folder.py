@@ -145,10 +145,19 @@ def plan(
     return Plan(jobs, notes)
 
 
-def prepare(out: Path, jobs: Sequence[Job], record: dict[str, object], *, force: bool) -> list[Job]:
+def prepare(
+    out: Path, jobs: Sequence[Job], record: dict[str, object], *, others: Sequence[str] = (), force: bool
+) -> list[Job]:
     """Make the folder, and return the images that are still to be done.
 
     An earlier run with the same `record` is continued; one with another is not mixed with this.
+
+    Args:
+        out: the folder.
+        jobs: all images.
+        record: what decides the outputs.
+        others: names of files that will be written besides.
+        force: replace what is there.
 
     Raises:
         ValueError: the folder holds results of other settings, or an output would replace an input.
@@ -160,7 +169,7 @@ def prepare(out: Path, jobs: Sequence[Job], record: dict[str, object], *, force:
         differing = [f"{key} was {earlier.get(key)!r}" for key in record if earlier.get(key) != record[key]]
         raise ValueError(f"{out} holds results of other settings: {few(differing)}; --force replaces, or another --out")
     todo = [job for job in jobs if earlier is None or not job.done]
-    outputs = [path.relative_to(out).as_posix() for job in todo for path in job.outputs]
+    outputs = [path.relative_to(out).as_posix() for job in todo for path in job.outputs] + list(others)
     inputs = [path for job in jobs for path in job.inputs]
     claim_outputs(out, outputs, inputs=inputs, force=force or earlier is not None)
     for folder in {path.parent for job in todo for path in job.outputs}:

@@ -17,6 +17,7 @@ from dmsa.scoring.table import markdown, percent
 from dmsa.visualize import overlay, panel, png_bytes
 
 PANEL_ROWS = 8
+FILES = ("report.md", "report/panels.png", "report/thresholds.csv", "report/thresholds.png")
 
 
 def score_rows(counts: Counts, names: Sequence[str]) -> list[list[str]]:
@@ -51,7 +52,8 @@ def write_report(
     jobs: Sequence[Job],
     names: Sequence[str],
 ) -> list[Path]:
-    """Write `report.md`, `panels.png` and, where a threshold decides, `thresholds.csv` and `thresholds.png`."""
+    """Write `FILES` below `out`, those of the thresholds only where a threshold decides; return what was written."""
+    (out / "report").mkdir(exist_ok=True)
     lines = ["# Masks before and after the refinement", "", settings, ""]
     lines += [f"- {note}" for note in notes] + [""] * bool(notes)
     lines += [f"IoU in percent over the pixels of {images} images:", "", *markdown(score_rows(counts, names)), ""]
@@ -62,11 +64,11 @@ def write_report(
         lines += markdown(
             [["masks", "threshold", "mIoU"], *([k, f"{t:.2f}", f"{v:.1f}"] for k, (t, v) in best.items())]
         )
-        lines += ["", "![mIoU against the background threshold](thresholds.png)", ""]
+        lines += ["", "![mIoU against the background threshold](report/thresholds.png)", ""]
         written += _write_curve(out, counts)
     if picture := _panels(worker, jobs):
-        lines += ["![image, before, after, truth](panels.png)", ""]
-        written.append(write_atomically(out / "panels.png", lambda stream: stream.write(picture)))
+        lines += ["![image, before, after, truth](report/panels.png)", ""]
+        written.append(write_atomically(out / "report" / "panels.png", lambda stream: stream.write(picture)))
     write_atomically(written[0], lambda stream: stream.write("\n".join(lines).encode()))
     return written
 
@@ -86,8 +88,10 @@ def _write_curve(out: Path, counts: Counts) -> list[Path]:
     axis.set(xlabel="background threshold", ylabel="mIoU in %")
     axis.legend()
     return [
-        write_atomically(out / "thresholds.csv", lambda stream: stream.write(text.encode())),
-        write_atomically(out / "thresholds.png", lambda stream: figure.savefig(stream, format="png", dpi=120)),
+        write_atomically(out / "report" / "thresholds.csv", lambda stream: stream.write(text.encode())),
+        write_atomically(
+            out / "report" / "thresholds.png", lambda stream: figure.savefig(stream, format="png", dpi=120)
+        ),
     ]
 
 

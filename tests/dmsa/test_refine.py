@@ -172,10 +172,10 @@ def test_scores_before_and_after_and_the_threshold(folders, capsys):
     assert "best background threshold after" in printed
     report = (folders / "out" / "report.md").read_text()
     assert "| class 3 |" in report
-    for name in ("panels.png", "thresholds.png"):
+    for name in ("report/panels.png", "report/thresholds.png"):
         assert name in report
         Image.open(folders / "out" / name).verify()
-    rows = (folders / "out" / "thresholds.csv").read_text().splitlines()
+    rows = (folders / "out" / "report" / "thresholds.csv").read_text().splitlines()
     assert len(rows) == 1 + len(THRESHOLDS)
     before, after = (float(cell) for cell in rows[1 + 50].split(",")[1:])
     assert after > before > 50
@@ -212,6 +212,10 @@ def test_inputs_and_foreign_files_are_never_replaced(folders):
     with pytest.raises(FileExistsError, match="there already"):
         refine(folders, "--stride", "4")
     assert (folders / "out" / "p2.png").read_bytes() == b"mine"
+    (folders / "other").mkdir()
+    (folders / "other" / "report.md").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"report\.md: there already"):
+        refine(folders, "--stride", "4", "--truth", str(folders / "truth"), out="other")
 
 
 def test_a_broken_file_costs_one_line_and_no_other_image(folders, capsys):
