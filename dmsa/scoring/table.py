@@ -139,6 +139,19 @@ class Report:
         }
         return [own, *paper_rows(self.dataset)]
 
+    def entry(self) -> dict[str, Any]:
+        """Return what a run keeps of an evaluation, as plain values; scores as fractions."""
+        s = self.scores
+        return {
+            **{name: getattr(s, name) for name in ("miou", "accuracy", "things", "stuff")},
+            "iou": s.iou.tolist(),
+            "assignment": s.assignment.tolist(),
+            "images": self.images,
+            "protocol": self.protocol.name,
+            "conditions": self.conditions,
+            "notes": self.notes(),
+        }
+
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values; scores in percent, NaN as None."""
         s = self.scores

@@ -388,28 +388,9 @@ class Trainer:
                 return refined(logits, images, config)
 
             protocol = Protocol("transfgu", config.data.size)
-            report = evaluate(
-                predict,
-                self.val_data,
-                protocol,
-                batch=self._eval_batch(),
-                workers=config.data.workers,
-                remarks=remarks(config),
-            )
-            entry = {
-                "epoch": epoch,
-                "step": state.step,
-                "miou": report.scores.miou,
-                "accuracy": report.scores.accuracy,
-                "things": report.scores.things,
-                "stuff": report.scores.stuff,
-                "iou": report.scores.iou.tolist(),
-                "assignment": report.scores.assignment.tolist(),
-                "images": report.images,
-                "protocol": protocol.name,
-                "conditions": report.conditions,
-                "notes": report.notes(),
-            }
+            how = {"batch": self._eval_batch(), "workers": config.data.workers, "remarks": remarks(config)}
+            report = evaluate(predict, self.val_data, protocol, **how)
+            entry = {"epoch": epoch, "step": state.step, **report.entry()}
             state.scores.append(entry)
             state.assignment = entry["assignment"]
             improved = state.best is None or entry["miou"] > state.best["miou"]
