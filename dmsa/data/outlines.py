@@ -30,8 +30,7 @@ def draw_outline(outline: object, height: int, width: int) -> np.ndarray:
         raise ValueError(f"run lengths {runs!r:.100}; expected integers of at least 0")
     if sum(runs) != height * width:
         raise ValueError(f"{len(runs)} run lengths of {sum(runs)} pixels in all, expected {height * width}")
-    on = np.arange(len(runs)) % 2 == 1
-    return np.repeat(on, runs).reshape(width, height).T
+    return _paint(runs, height, width)
 
 
 def unpack_runs(text: str) -> list[int]:
@@ -72,7 +71,13 @@ def _polygons(polygons: list, height: int, width: int) -> np.ndarray:
         near = (-side <= v <= 2 * side for k, side in enumerate((width, height)) for v in polygon[k::2])
         if not all(near) or _length(polygon) > height * width + 8 * (height + width):
             raise ValueError(f"polygon {polygon!r:.100} of {len(polygon) // 2} points; expected points of the image")
-    return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))) != 0
+    whole = coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
+    return _paint(unpack_runs(whole["counts"].decode()), height, width)
+
+
+def _paint(runs: list[int], height: int, width: int) -> np.ndarray:
+    on = np.arange(len(runs)) % 2 == 1
+    return np.repeat(on, runs).reshape(width, height).T
 
 
 def _length(polygon: list[float]) -> float:
