@@ -14,6 +14,7 @@ from torch import Tensor
 from dmsa_kernels.backend import BACKENDS
 from dmsa_kernels.compat import tangent
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PRECISIONS = ("exact", "fast")
 RESIZES = ("masks", "image", "none")
 # A pixel's coordinate plus a dilation must stay within 32 bits in the kernels.
@@ -25,8 +26,9 @@ def check_stack(name: str, x: Tensor, layout: str) -> None:
         raise TypeError(f"{name} must be a tensor of shape {layout}, got {type(x).__name__}")
     if x.dim() != 4:
         raise ValueError(f"{name}.shape={tuple(x.shape)} must have four dimensions, {layout}")
-    if not x.is_floating_point():
-        raise TypeError(f"{name}.dtype={x.dtype} must be a floating-point type; convert it with {name}.float()")
+    if x.dtype not in DTYPES:
+        wanted = ", ".join(str(dtype).partition(".")[2] for dtype in DTYPES)
+        raise TypeError(f"{name}.dtype={x.dtype} must be one of {wanted}; convert it with {name}.float()")
     if x.layout != torch.strided:
         raise TypeError(f"{name}.layout={x.layout} must be torch.strided; convert it with {name}.to_dense()")
     if 0 in x.shape[2:]:

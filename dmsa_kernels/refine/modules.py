@@ -42,10 +42,13 @@ def _shift_kernel(*, centre: float = 0.0, neighbour: float = 1.0, keep_centre_ta
 
 def _broadcast(image: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     """One image for a batch of masks, or the reverse, as the replaced code's arithmetic does it."""
-    stacks = all(isinstance(x, Tensor) and x.dim() == 4 for x in (image, masks))
-    if stacks and 1 in (len(image), len(masks)):
-        batch = max(len(image), len(masks)) if 0 not in (len(image), len(masks)) else 0
-        image, masks = image.expand(batch, -1, -1, -1), masks.expand(batch, -1, -1, -1)
+    if not all(isinstance(x, Tensor) and x.dim() == 4 for x in (image, masks)):
+        return image, masks  # refine says what is wrong
+    images, stacks = image.shape[0], masks.shape[0]
+    if images == 1 and stacks != 1:
+        image = image.expand(stacks, -1, -1, -1)
+    elif stacks == 1 and images != 1:
+        masks = masks.expand(images, -1, -1, -1)
     return image, masks
 
 
@@ -128,6 +131,12 @@ class _Refinement(nn.Module):
         return self._spec
 
     def _refine(self, image: Tensor, masks: Tensor, anchor: Anchor | None, **options: Any) -> Any:
+        if torch.onnx.is_in_onnx_export():
+            raise RuntimeError(
+                "ONNX has no operator for the refinement: export the network without it and refine its scores"
+                " afterwards (dmsa_kernels.refine.refine exports, given a translation of your own of"
+                " dmsa_kernels::local_affinity and dmsa_kernels::propagate)"
+            )
         if isinstance(masks, Tensor) and masks.is_floating_point() and masks.dtype != torch.float64:
             masks = masks.float()
         anchor = self.anchor if anchor is None else anchor
@@ -276,7 +285,6 @@ class PAR(_WithNeighbours):
         self,
         imgs: Tensor,
         masks: Tensor,
-        *,
         anchor: Anchor | None = None,
         valid_classes: Tensor | None = None,
         return_labels: bool = False,
@@ -330,7 +338,6 @@ class LocalConsistencyModule(_WithNeighbours):
         self,
         imgs: Tensor,
         pred_phis: Tensor,
-        *,
         anchor: Anchor | None = None,
         valid_classes: Tensor | None = None,
         return_labels: bool = False,
@@ -439,7 +446,6 @@ class PAMR(_Refinement):
         self,
         x: Tensor,
         mask: Tensor,
-        *,
         anchor: Anchor | None = None,
         valid_classes: Tensor | None = None,
         return_labels: bool = False,

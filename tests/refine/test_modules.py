@@ -3,10 +3,12 @@
 import copy
 import dataclasses
 import inspect
+import io
 import math
 import pickle
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -179,3 +181,25 @@ def test_one_image_for_many_masks_and_the_reverse(module):
     with pytest.raises(ValueError, match="must have the batch size of image, 3"):
         module(images, stacks[:2])
     assert module(images[:1], stacks[:0]).shape == (0, 2, 9, 8)
+
+
+@pytest.mark.parametrize("module", [PAR([1], 1), PAMR(1, [1]), LCM([1], 1, resize="masks")], ids=["par", "pamr", "lcm"])
+def test_onnx_export_says_that_there_is_no_operator(module):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporter, about itself
+        options = {"dynamo": False} if "dynamo" in inspect.signature(torch.onnx.export).parameters else {}
+        with pytest.raises(RuntimeError, match="ONNX has no operator for the refinement: export the network"):
+            torch.onnx.export(module, (IMAGE, MASKS), io.BytesIO(), **options)
+
+
+def test_masks_of_8_bits():
+    eight = getattr(torch, "float8_e4m3fn", None)
+    if eight is None:
+        pytest.skip(f"torch {torch.__version__} has no float8")
+    masks = MASKS.to(eight)
+    labels, values = PAR([1], 2)(IMAGE, masks, return_labels=True)
+    expected = PAR([1], 2)(IMAGE, masks.float())
+    assert torch.equal(labels, expected.argmax(1))
+    assert torch.equal(values, expected.amax(1))
+    with pytest.raises(TypeError, match=r"masks.dtype=torch.float8_e4m3fn must be one of .*with masks.float"):
+        refine(IMAGE, masks, [1], 2, return_labels=True)
