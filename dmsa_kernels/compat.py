@@ -136,6 +136,14 @@ def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
     return torch.autocast(device_type, enabled=False)
 
 
+def warp_size(device: torch.device) -> int:
+    """Return the threads of a warp: 32, on most AMD GPUs 64."""
+    if device.type != "cuda":
+        return 32
+    size = getattr(torch.cuda.get_device_properties(device), "warp_size", None)
+    return size if size is not None else 32 if torch.version.hip is None else 64
+
+
 def direct_launch(compiled: Any, grid: int) -> Callable[[int, tuple], None] | None:
     """Return ``launch(stream, arguments)``, which repeats a launch of ``grid`` programs by Triton's C function.
 

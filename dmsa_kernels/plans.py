@@ -67,7 +67,11 @@ class Trace:
     def launch(
         self, kernel: Any, grid: int, *, num_warps: int, options: dict[str, Any] | None = None, **arguments: Any
     ) -> None:
-        """Write down one launch; tensors among ``arguments`` are views of inputs or buffers."""
+        """Write down one launch; tensors among ``arguments`` are views of inputs or buffers.
+
+        ``num_warps`` counts warps of 32 threads; where they are wider, a program has as many threads in fewer.
+        """
+        num_warps = max(1, num_warps * 32 // compat.warp_size(self.device))
         pointers = []
         for name in kernel.arg_names:
             if isinstance(arguments.get(name), Tensor):

@@ -40,7 +40,7 @@ class Config:
     Attributes:
         block_h: rows of the tile, a power of two.
         block_w: columns of the tile, a power of two; 32 keeps one warp on one row.
-        num_warps: warps (32 threads, 64 on AMD) of one program.
+        num_warps: warps of 32 threads of one program; half as many where a warp has 64.
     """
 
     block_h: int
@@ -68,7 +68,6 @@ _CONFIGS: dict[str, tuple[Config, ...]] = {
     "propagate_bwd": (Config(8, 32, 8),),
     "local_affinity_fwd": (
         Config(4, 32, 4),
-        Config(8, 32, 8),
         Config(2, 64, 4),
         Config(8, 16, 4),
     ),
@@ -233,9 +232,9 @@ def plan_step(
 ) -> Step:
     """Return how to launch an iteration on ``count`` images ``[groups, height, columns, width]``.
 
-    Time is counted in waves of programs over the device. In each, a program reads its weights and works through its
-    groups, at the rate of the first-level cache or of L2, whichever is slower. Larger tiles meet fewer pixels twice but
-    leave more of a small map's border empty; more programs fill the last wave but read the weights again. The measured
+    Time is that of the multiprocessor with the most programs. Each reads its weights and works through its groups, at
+    the rate of the first-level cache or of L2, whichever is slower. Larger tiles meet fewer pixels twice but leave more
+    of a small map's border empty; more programs even out the multiprocessors but read the weights again. The measured
     configuration is taken where there is one.
 
     Args:
@@ -256,14 +255,13 @@ def plan_step(
         if config.block_w < 32 and config != measured:
             continue  # a warp's loads would be of several rows
         tiles = count * -(-height // config.block_h) * -(-columns // config.block_w)
-        slots = _MULTIPROCESSORS * (32 if neighbours <= 16 else 16) // config.num_warps
         from_l2 = min(distinct_taps(dilations, config.block_h, config.block_w), neighbours) + 1
         a_group = max(neighbours, from_l2 * _L1_BYTES_PER_L2_BYTE)
         weights = neighbours / width * _L1_BYTES_PER_L2_BYTE
         for splits in range(1, min(groups, 8) + 1):
             groups_each = -(-groups // splits)
-            waves = -(-tiles * -(-groups // groups_each) // slots)
-            time = waves * (groups_each * a_group + weights)
+            programs = -(-tiles * -(-groups // groups_each) // _MULTIPROCESSORS)
+            time = programs * config.pixels * (groups_each * a_group + weights)
             if time < least:
                 best, least = Step(config, groups_each), time
     assert best is not None
@@ -272,8 +270,8 @@ def plan_step(
 
 # Half of the smallest data-centre L2 in use (A100: 40 MB, H100 and H200: 50 to 60 MB) when the device does not tell.
 _DEFAULT_L2_BYTES = 40 << 20
-# Taps of a launch that takes 16 us at an H100's first-level cache; the gap to the next one is about 1 us.
-_MIN_TAPS_OF_A_LAUNCH = 1 << 27
+# Taps of a launch that takes 36 us at an H100's first-level cache; the gap to the next one is about 1 us.
+_MIN_TAPS_OF_A_LAUNCH = 1 << 28
 
 
 def plan_chunks(

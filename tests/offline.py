@@ -9,8 +9,8 @@ Run it for the report::
 
     python -m tests.offline [--targets sm_90 gfx942] [--match propagate]
 
-It prints one JSON line a compilation: registers, bytes of stack and local memory, shared memory, instructions, and how
-many global loads there are of each width. ``TRITON_INTERPRET`` must be unset: under it ``triton.jit`` gives interpreted
+It prints one JSON line a compilation: registers, bytes of stack, spills, instructions, and how many global loads there
+are of each width. ``TRITON_INTERPRET`` must be unset: under it ``triton.jit`` gives interpreted
 functions. The tests therefore run this module in a process of its own.
 """
 
@@ -21,12 +21,11 @@ import collections
 import importlib
 import inspect
 import json
-import pathlib
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
+
+from benchmarks.modelling import machine_code
 
 MODULES = (
     "dmsa_kernels.refine.triton.affinity",
@@ -36,47 +35,7 @@ MODULES = (
     "dmsa_kernels.aspp.triton.backward",
     "dmsa_kernels.aspp.triton.project",
 )
-TARGETS = ("sm_90", "sm_80", "sm_86", "sm_89", "sm_100", "gfx942")
-
-_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
-_USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
-
-
-def parse_usage(text: str) -> dict[str, int]:
-    """Read ``cuobjdump -res-usage``: registers, and bytes of stack, shared and local memory."""
-    match = _USAGE.search(text)
-    if match is None:
-        raise ValueError(f"no resource usage in {text!r}")
-    registers, stack, shared, local = map(int, match.groups())
-    return {"registers": registers, "stack": stack, "shared": shared, "local": local}
-
-
-def parse_instructions(sass: str) -> collections.Counter[str]:
-    """Count the opcodes of a disassembly by ``nvdisasm``, modifiers included."""
-    return collections.Counter(_INSTRUCTION.findall(sass))
-
-
-def load_widths(opcodes: collections.Counter[str]) -> dict[str, int]:
-    """Return how many global loads there are of each width in bits."""
-    widths: collections.Counter[str] = collections.Counter()
-    for opcode, count in opcodes.items():
-        if opcode.startswith("LDG"):
-            modifiers = opcode.split(".")[1:]
-            narrow = {"U8": "8", "S8": "8", "U16": "16", "S16": "16"}
-            wide = [m for m in modifiers if m in ("64", "128", "256")]
-            widths[wide[0] if wide else next((narrow[m] for m in modifiers if m in narrow), "32")] += count
-    return dict(sorted(widths.items(), key=lambda item: int(item[0])))
-
-
-def spills(opcodes: collections.Counter[str]) -> int:
-    """Return the number of loads from and stores to local memory."""
-    return sum(count for opcode, count in opcodes.items() if opcode.split(".")[0] in ("LDL", "STL"))
-
-
-def _tool(name: str) -> str:
-    import triton.backends.nvidia
-
-    return str(pathlib.Path(triton.backends.nvidia.__file__).parent / "bin" / name)
+TARGETS = ("sm_90", "sm_80", "sm_86", "sm_89", "sm_100", "sm_120", "gfx942")
 
 
 def _source(case):
@@ -113,7 +72,8 @@ def compile_case(case, target: str) -> dict:
     source = _source(case)
     nvidia = target.startswith("sm_")
     gpu = GPUTarget("cuda", int(target[3:]), 32) if nvidia else GPUTarget("hip", target, 64)
-    compiled = triton.compile(source, target=gpu, options={"num_warps": case.num_warps, "enable_fp_fusion": True})
+    num_warps = max(1, case.num_warps * 32 // gpu.warp_size)
+    compiled = triton.compile(source, target=gpu, options={"num_warps": num_warps, "enable_fp_fusion": True})
     report = {"case": case.name, "target": target}
     if not nvidia:
         # the assembly's metadata; 64-bit global loads and up are the wide ones
@@ -122,21 +82,15 @@ def compile_case(case, target: str) -> dict:
         report["spills"] = int(re.search(r"\.vgpr_spill_count:\s+(\d+)", assembly).group(1))
         report["loads"] = dict(collections.Counter(re.findall(r"(?:global|buffer)_load_\w+", assembly)))
         return report
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = pathlib.Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        run = {"check": True, "capture_output": True, "text": True}
-        usage = subprocess.run([_tool("cuobjdump"), "-res-usage", str(cubin)], **run).stdout
-        opcodes = parse_instructions(subprocess.run([_tool("nvdisasm"), "-c", str(cubin)], **run).stdout)
-    return (
-        report
-        | parse_usage(usage)
-        | {
-            "spills": spills(opcodes),
-            "instructions": sum(opcodes.values()),
-            "loads": load_widths(opcodes),
-        }
-    )
+    code = machine_code.read(compiled.asm["cubin"])
+    loads = {bits: code.total[f"load{bits}"] for bits in ("8", "16", "32", "64", "128") if code.total[f"load{bits}"]}
+    return report | {
+        "registers": code.registers,
+        "stack": code.stack,
+        "spills": code.spills,
+        "instructions": sum(code.total.values()),
+        "loads": loads,
+    }
 
 
 def cases(match: str = "") -> Iterator:

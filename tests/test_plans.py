@@ -183,3 +183,9 @@ def test_plans_hold_no_memory(kernel):
     del source, target
     gc.collect()
     assert storage() is None
+
+
+def test_wide_warps_halve_their_number(kernel, monkeypatch):
+    monkeypatch.setattr(compat, "warp_size", lambda device: 64)
+    kernel.run(*tensors())
+    assert {launch[3] for launch in kernel.by_jit} == {2}

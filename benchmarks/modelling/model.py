@@ -43,7 +43,7 @@ class Cost:
     Attributes:
         name: of the kernel.
         seconds: by unit; the largest is the bound.
-        waves: how much longer the last, partly filled wave of programs makes it.
+        uneven: how much longer the multiprocessor with the most programs makes it.
         registers: of a thread.
         spills: accesses to local memory.
         taps_s: time of its taps alone at the first-level cache's rate; 0 where there are none.
@@ -51,7 +51,7 @@ class Cost:
 
     name: str
     seconds: dict[str, float]
-    waves: float
+    uneven: float
     registers: int
     spills: int
     taps_s: float = 0.0
@@ -62,17 +62,17 @@ class Cost:
 
     @property
     def total(self) -> float:
-        return self.seconds[self.bound] * self.waves
+        return self.seconds[self.bound] * self.uneven
 
 
 def _seconds(warp_clocks: dict[str, float], gpu: Gpu) -> dict[str, float]:
     return {unit: value / gpu.multiprocessors / gpu.clock_hz for unit, value in warp_clocks.items()}
 
 
-def _waves(programs: int, resident: int, gpu: Gpu) -> float:
-    """Return the whole waves of programs over the fraction of one that they are."""
-    filled = programs / (resident * gpu.multiprocessors)
-    return math.ceil(filled) / filled if filled < 16 else 1.0
+def _uneven(programs: int, gpu: Gpu) -> float:
+    """Return the programs of the multiprocessor that has most of them over the mean."""
+    mean = programs / gpu.multiprocessors
+    return math.ceil(mean) / mean if mean < 16 else 1.0
 
 
 def _scaled(counts: Sequence[tuple[Count, float]]) -> dict[str, float]:
@@ -99,9 +99,6 @@ class Model:
             return self._convolution(launch, code, dilations)
         return self._plain(launch, code)
 
-    def _resident(self, launch: Launch, code: Code) -> int:
-        return self.gpu.resident_warps(code.registers, launch.num_warps) // launch.num_warps
-
     def _plain(self, launch: Launch, code: Code) -> Cost:
         """A kernel whose programs run through it once: its own loads and stores pass device memory."""
         a_warp = code.total
@@ -115,8 +112,7 @@ class Model:
         nbytes = moved * launch.grid * launch.num_warps
         seconds["L2"] = nbytes / self.gpu.l2_bytes_per_s
         seconds["memory"] = nbytes / self.gpu.copy_bytes_per_s
-        waves = _waves(launch.grid, self._resident(launch, code), self.gpu)
-        return Cost(launch.name, seconds, waves, code.registers, code.spills)
+        return Cost(launch.name, seconds, _uneven(launch.grid, self.gpu), code.registers, code.spills)
 
     def _propagation(self, launch: Launch, code: Code) -> Cost:
         a, gpu = launch.arguments, self.gpu
@@ -128,7 +124,7 @@ class Model:
         programs = launch.grid * launch.num_warps
         loops = images * tiles * groups * launch.num_warps
         seconds = _seconds(_scaled([(code.outside, programs), (code.loop + code.skipped, loops)]), gpu)
-        resident = self._resident(launch, code)
+        resident = gpu.resident_warps(code.registers, launch.num_warps) // launch.num_warps
         from_l2 = self._cache_misses(
             a["height"], a["width"], a["groups_each"], pixel, weight, a["BLOCK_H"], a["BLOCK_W"], resident,
             min(images, 4), tuple(a["DILATIONS"]),
@@ -137,8 +133,7 @@ class Model:
         moved = pixels * (neighbours * weight + 2 * groups * pixel)
         seconds["memory"] = 0.0 if moved <= 0.75 * gpu.l2_bytes else moved / gpu.copy_bytes_per_s
         taps = pixels * neighbours * groups * pixel / gpu.l1_bytes_per_s
-        waves = _waves(launch.grid, resident, gpu)
-        return Cost(launch.name, seconds, waves, code.registers, code.spills, taps)
+        return Cost(launch.name, seconds, _uneven(launch.grid, gpu), code.registers, code.spills, taps)
 
     def _cache_misses(self, *arguments: object) -> float:
         *numbers, images, dilations = arguments
@@ -179,8 +174,7 @@ class Model:
         moved = elements * itemsize * (1 + branches)
         seconds["memory"] = moved / gpu.copy_bytes_per_s
         seconds["L2"] = elements * itemsize * (2 * branches if weights else 1 + branches) / gpu.l2_bytes_per_s
-        waves = _waves(launch.grid, self._resident(launch, code), gpu)
-        return Cost(launch.name, seconds, waves, code.registers, code.spills)
+        return Cost(launch.name, seconds, _uneven(launch.grid, gpu), code.registers, code.spills)
 
 
 @functools.cache

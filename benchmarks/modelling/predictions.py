@@ -86,8 +86,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--match", default="")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
-    driver = stub.Driver()
-    model = Model(gpus.GPUS[arguments.gpu], driver.folder)
+    gpu = gpus.GPUS[arguments.gpu]
+    driver = stub.Driver(gpu.l2_bytes)
+    model = Model(gpu, driver.folder)
     bare = driver.bare_launch_seconds()
     for family in (refinements, convolutions):
         for name, costs, host, launches in family(driver, model, arguments.match):

@@ -78,16 +78,23 @@ def is_ready() -> bool:
 
 
 class Driver:
-    """The stub, installed as Triton's driver; every operator's ``backend="auto"`` means the kernels from then on."""
+    """The stub, installed as Triton's driver; every operator's ``backend="auto"`` means the kernels from then on.
 
-    def __init__(self) -> None:
+    Args:
+        l2_bytes: size of the L2 cache for which chunks are planned; None for the default.
+    """
+
+    def __init__(self, l2_bytes: int | None = None) -> None:
         import triton.backends.nvidia.driver as nvidia
         from triton.backends.compiler import GPUTarget
         from triton.runtime import driver
 
         import dmsa_kernels.aspp.ops
         import dmsa_kernels.refine.ops
+        from dmsa_kernels import tuning
 
+        if l2_bytes is not None:
+            tuning.plan_chunks.__defaults__ = (l2_bytes,)
         self.capability = int(os.environ["STUB_CAPABILITY"])
         self.folder = Path(os.environ[_FOLDER])
         self._library = ctypes.CDLL(str(self.folder / "libcuda.so.1"))

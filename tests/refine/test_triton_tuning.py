@@ -89,3 +89,56 @@ def test_chunks_are_never_empty(batch, channels):
 
 def test_empty_work_has_a_plan():
     assert tuning.plan_chunks(0, 3, 16, 16, 16) == (1, 1)
+
+
+SIX = (1, 2, 4, 8, 12, 24)
+
+
+def step(dilations, count, groups, height, width, side=4):
+    return tuning.plan_step("propagate_fwd", None, dilations, side, count, groups, height, width)
+
+
+def test_taps_that_meet_are_counted_once():
+    # one pixel: nine places of the 3 x 3 window without its centre
+    assert tuning.distinct_taps((1,), 1, 1) == 8
+    # a row of four: its own pixels but the ends, two beside it, and the rows above and below with their ends
+    assert tuning.distinct_taps((1,), 1, 4) == (6 + 6 + 6) / 4
+    brute = {
+        (y + dy * d, x + dx * d)
+        for y in range(8)
+        for x in range(32)
+        for d in SIX
+        for dy in (-1, 0, 1)
+        for dx in (-1, 0, 1)
+        if dy or dx
+    }
+    assert tuning.distinct_taps(SIX, 8, 32) == len(brute) / 256
+
+
+def test_the_tile_fits_the_dilations_and_the_registers():
+    assert step((8, 16), 1, 38, 512, 683).config == tuning.Config(32, 32, 32)
+    assert step(SIX, 16, 6, 160, 160).config == tuning.Config(16, 32, 16)
+    # 64 weights leave room for eight warps: of those tiles, wide ones meet the fewest pixels twice
+    long = step((1, 2, 4, 8, 12, 24, 32, 64), 1, 4, 1024, 1024).config
+    assert long.num_warps == 8
+    assert long.block_w > 32
+
+
+def test_groups_are_shared_only_where_the_device_would_idle():
+    assert step(SIX, 1, 6, 32, 32).groups_each < 6
+    assert step(SIX, 32, 6, 160, 160).groups_each == 6
+
+
+def test_a_measured_tile_is_taken(monkeypatch):
+    monkeypatch.setattr(tuning, "_CHOSEN", {})
+    tuning.remember("propagate_fwd", "key", tuning.Config(16, 16, 8))
+    chosen = tuning.plan_step("propagate_fwd", "key", SIX, 4, 1, 6, 160, 160)
+    assert chosen.config == tuning.Config(16, 16, 8)
+
+
+@pytest.mark.parametrize(("channels", "height", "width", "neighbours"), [(150, 512, 683, 16), (171, 480, 640, 16)])
+def test_chunks_are_even(channels, height, width, neighbours):
+    (images, count), groups = chunk(1, channels, height, width, neighbours)
+    assert images == 1
+    parts = -(-groups // count)
+    assert groups - (parts - 1) * count > count - parts

@@ -270,9 +270,11 @@ def tuning_key(neighbours: int, pixels: int) -> tuple[int, int]:
 def offline_cases() -> Iterator[tuning.OfflineCase]:
     """List the launches for compilation without a device."""
 
-    def case(dilations: tuple[int, ...], config: tuning.Config, image: str, weights: str) -> tuning.OfflineCase:
+    def case(
+        dilations: tuple[int, ...], config: tuning.Config, image: str, weights: str, channels: int = 3
+    ) -> tuning.OfflineCase:
         return tuning.OfflineCase(
-            f"local_affinity_fwd {image[1:]}->{weights[1:]} {dilations} {config}",
+            f"local_affinity_fwd {image[1:]}->{weights[1:]} {dilations} {channels=} {config}",
             local_affinity_fwd_kernel,
             {
                 "image_ptr": image,
@@ -288,14 +290,14 @@ def offline_cases() -> Iterator[tuning.OfflineCase]:
                 "POSITION": tuple(position_vector(dilations, 0.3, 3e-9, 0.01)),
                 "EXPONENT": 2,
                 "SIGMA": "neighbours",
-                "CHANNELS": 3,
+                "CHANNELS": channels,
                 "READ_PARTIAL": False,
                 "WRITE_PARTIAL": False,
                 "INT64": False,
                 "BLOCK_H": config.block_h,
                 "BLOCK_W": config.block_w,
             },
-            num_warps=config.num_warps,
+            num_warps=num_warps(config, 8 * len(dilations), channels),
             every_target=config == default and image == "*fp32",
         )
 
@@ -303,6 +305,7 @@ def offline_cases() -> Iterator[tuning.OfflineCase]:
         default, *others = tuning.configs("local_affinity_fwd", neighbours=8 * len(dilations))
         for image, weights in (("*fp32", "*fp32"), ("*fp16", "*fp32"), ("*bf16", "*fp32")):
             yield case(dilations, default, image, weights)
+        yield case(dilations, default, "*fp32", "*fp32", MAX_CHANNELS)
     yield case(dilations, default, "*bf16", "*fp16")
     for config in others:
         yield case(dilations, config, "*fp32", "*fp32")

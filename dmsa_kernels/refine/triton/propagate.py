@@ -673,7 +673,7 @@ def offline_cases() -> Iterator[tuning.OfflineCase]:
             default, *others = tuning.configs("propagate_fwd", neighbours=8 * len(dilations), width=width)
             yield case(label, dilations, default, width)
             longest |= {(config, width): dilations for config in others}
-        yield case("exact, one group", dilations, default, 1, HOLD_WEIGHTS=False)
+        yield case("exact", dilations, default, 1)
     for (config, width), dilations in longest.items():  # the list that leaves a configuration least room
         yield case("tile", dilations, config, width, INT64=False)
     for dilations in OFFLINE_DILATIONS[-2:]:
