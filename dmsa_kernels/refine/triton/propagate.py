@@ -327,8 +327,14 @@ def tuning_key(neighbours: int, pixels: int, width: int) -> tuple[int, int, int]
 
 
 def holds_weights(neighbours: int, width: int, has_valid: bool) -> bool:
-    """Return whether a pixel's weights fit into registers beside ``width`` channels; flags take the last free ones."""
-    return neighbours <= (MAX_HELD_NEIGHBOURS - 8 if has_valid and width == 8 else MAX_HELD_NEIGHBOURS)
+    """Return whether a pixel's weights fit into registers beside ``width`` channels.
+
+    Flags of eight channels take the last free ones: for some lists the compiler then spills held weights, for another
+    those that are read again (``python -m benchmarks.modelling.spills``).
+    """
+    if has_valid and width == 8 and neighbours in (40, 48, 64):
+        return False
+    return neighbours <= MAX_HELD_NEIGHBOURS
 
 
 def is_plane(masks: Tensor, valid: Tensor | None, width: int, dtype: torch.dtype) -> bool:
