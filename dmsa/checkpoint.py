@@ -86,6 +86,8 @@ def load(path: str | Path) -> dict[str, Any]:
     for key, kind in REQUIRED.items():
         if not isinstance(state[key], kind):
             raise ValueError(f"{path}: {key} is a {type(state[key]).__name__}, expected a {kind.__name__}")
+    if state.get("version") == 3:  # held generators, and kept no epoch without its score
+        state = {**{key: value for key, value in state.items() if key != "rng"}, "version": VERSION, "unscored": False}
     if state.get("version") != VERSION:
         raise ValueError(f"{path} has checkpoint layout {state.get('version')}, this program reads {VERSION}")
     return state
@@ -97,8 +99,14 @@ def check_config(state: Mapping[str, Any], config: Config, path: str | Path) -> 
     Raises:
         ValueError: lists every option that differs, with both values; or the configuration in the file contains itself.
     """
+    # Options that are younger than the checkpoint had the effect of their defaults.
+    defaults = to_dict(Config())
+    then = {
+        name: {**defaults[name], **value} if isinstance(value, dict) and isinstance(defaults.get(name), dict) else value
+        for name, value in {**defaults, **state["config"]}.items()
+    }
     try:
-        found = differences(state["config"], to_dict(config), ignore=MAY_CHANGE, labels=("in the checkpoint", "now"))
+        found = differences(then, to_dict(config), ignore=MAY_CHANGE, labels=("in the checkpoint", "now"))
     except RecursionError:
         raise ValueError(f"{path} is damaged: its configuration contains itself") from None
     if found:

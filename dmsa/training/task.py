@@ -196,3 +196,16 @@ class Task:
     def _background(self, label: Tensor) -> Tensor:
         """Return the half of Eq. 6 that a pixel is in: background, or (data with stuff) stuff."""
         return label == 0 if self.classes.things_only else label >= self.classes.n_things
+
+
+def split_batch(batch: Mapping[str, Any], size: int | None) -> list[dict[str, Any]]:
+    """Cut a batch into parts of `size` images; the last one may be smaller."""
+    length = len(batch["image"])
+    size = size or length
+    return [{key: batch[key][begin : begin + size] for key in ("image", "guide")} for begin in range(0, length, size)]
+
+
+def label_counts(parts: list[Prepared], num_classes: int) -> Tensor:
+    """Count the labels `[K]` without asking the device for anything."""
+    ids = torch.arange(num_classes, device=parts[0].label.device)
+    return torch.stack([(part.label.reshape(-1, 1) == ids).sum(0) for part in parts]).sum(0)

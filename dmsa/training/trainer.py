@@ -37,7 +37,7 @@ from dmsa.training.report import CURVE, draw_panels, draw_scores, report_text
 from dmsa.training.run import NotScoredError, RunFolder, commits, launch_command
 from dmsa.training.sampler import EpochBatches
 from dmsa.training.setup import PRECISIONS, build_optimizer, check_sizes, set_up_torch
-from dmsa.training.task import LOSSES, Prepared, Task
+from dmsa.training.task import LOSSES, Task, label_counts, split_batch
 from dmsa.training.window import WATCHED, Window
 from dmsa.visualize import png_bytes
 
@@ -259,7 +259,7 @@ class Trainer:
         epoch, step = self.state.epoch, self.state.step
         seed_everything(mix(self.config.train.seed, step))
         with self.autocast():
-            parts = [self.task.prepare(part, epoch, step) for part in _split(batch, self.config.train.micro_batch)]
+            parts = [self.task.prepare(part, epoch, step) for part in split_batch(batch, self.config.train.micro_batch)]
         counts = distributed.all_reduce_sum(torch.stack([part.counts for part in parts]).sum(0))
         self.optimizer.zero_grad(set_to_none=True)
         watched = torch.zeros(len(WATCHED), dtype=torch.float64, device=self.device)
@@ -279,7 +279,7 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.task.teacher.after_step()
-        return watched, _label_counts(parts, self.classes.num_classes)
+        return watched, label_counts(parts, self.classes.num_classes)
 
     def _synchronised(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Average the gradients over processes in the last part's backward pass only."""
@@ -483,16 +483,3 @@ class Trainer:
         self.log.close()
         if self.folder is not None:
             self.folder.close()
-
-
-def _split(batch: Mapping[str, Any], size: int | None) -> list[dict[str, Any]]:
-    """Cut a batch into parts of `size` images; the last one may be smaller."""
-    length = len(batch["image"])
-    size = size or length
-    return [{key: batch[key][begin : begin + size] for key in ("image", "guide")} for begin in range(0, length, size)]
-
-
-def _label_counts(parts: list[Prepared], num_classes: int) -> Tensor:
-    """Count the labels `[K]` without asking the device for anything."""
-    ids = torch.arange(num_classes, device=parts[0].label.device)
-    return torch.stack([(part.label.reshape(-1, 1) == ids).sum(0) for part in parts]).sum(0)

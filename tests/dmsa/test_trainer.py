@@ -3,6 +3,7 @@ import errno
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -18,6 +19,7 @@ from dmsa import checkpoint
 from dmsa.config import Config, load_preset
 from dmsa.data.classes import Classes
 from dmsa.models.encoder import build_encoder
+from dmsa.scoring.predictor import load_predictor
 from dmsa.training import progress
 from dmsa.training.losses import total_loss
 from dmsa.training.nonfinite import NonFiniteLossError
@@ -146,6 +148,20 @@ def test_more_epochs_go_on_as_if_never_stopped(finished, tmp_path):
     train(tiny_config(tmp_path / "run", epochs=2), ["train.py"])
     train(tiny_config(tmp_path / "run", epochs=3), ["train.py"])
     assert_same_runs(finished[0], tmp_path / "run")
+
+
+def test_a_checkpoint_of_the_layout_before_is_read_and_goes_on(finished, tmp_path):
+    """Layout 3 held generators and knew no epoch without a score; options that came later are at their defaults."""
+    store = checkpoint.Checkpoints(finished[0] / "checkpoints")
+    state = {**checkpoint.load(store.newest()), "version": 3, "rng": [{"torch": torch.get_rng_state()}]}
+    del state["unscored"]
+    del state["config"]["labels"]["par_resolution"], state["config"]["model"]["refine"]
+    shutil.copytree(finished[0], tmp_path / "run")
+    torch.save(state, tmp_path / "run" / "checkpoints" / store.newest().name)
+    assert load_predictor(tmp_path / "run" / "checkpoints" / store.newest().name).step == 6
+    result = train(tiny_config(tmp_path / "run", epochs=4), ["train.py"])
+    assert result["steps"] == 8
+    assert result["scores"][:3] == finished[1]["scores"]
 
 
 @pytest.mark.parametrize("more", [3, pytest.param(16, marks=pytest.mark.slow)])
