@@ -351,14 +351,15 @@ class _Watch:
         """Return the error that names who gives no sign of life within `seconds`; None as soon as all have."""
         deadline = time.monotonic() + seconds
         keys = [f"beat/{number}" for number in range(world_size())]
-        before = beats = None
+        before: list[bytes] | None = None
+        beats: list[bytes] | None = None
         while time.monotonic() < deadline and not self._closed.is_set():
             beats = _within(ANSWER_SECONDS, lambda: self._read.multi_get(keys))
             before = before or beats
-            if beats and all(old != new for old, new in zip(before, beats, strict=True)):
+            if before and beats and all(old != new for old, new in zip(before, beats, strict=True)):
                 return None
             time.sleep(BEAT_SECONDS / 4)
-        if beats:
+        if before and beats:
             still = {number for number, (old, new) in enumerate(zip(before, beats, strict=True)) if old == new}
             missing = f"{_ranks(still)} {'was' if len(still) == 1 else 'were'}"
         else:

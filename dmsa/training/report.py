@@ -180,6 +180,7 @@ def draw_scores(scores: Sequence[Mapping[str, Any]], stream: BinaryIO) -> None:
         stream: binary.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     axes = figure.add_subplot()
@@ -190,7 +191,7 @@ def draw_scores(scores: Sequence[Mapping[str, Any]], stream: BinaryIO) -> None:
     axes.axvline(best["epoch"] + 1, color="grey", linewidth=0.8, linestyle=":", label="best mIoU")
     axes.set_xlabel("epoch")
     axes.set_ylabel("%")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
     figure.savefig(stream, format="png", dpi=110)

@@ -388,7 +388,11 @@ class Trainer:
                 return refined(logits, images, config)
 
             protocol = Protocol("transfgu", config.data.size)
-            how = {"batch": self._eval_batch(), "workers": config.data.workers, "remarks": remarks(config)}
+            how: dict[str, Any] = {
+                "batch": self._eval_batch(),
+                "workers": config.data.workers,
+                "remarks": remarks(config),
+            }
             report = evaluate(predict, self.val_data, protocol, **how)
             entry = {"epoch": epoch, "step": state.step, **report.entry()}
             state.scores.append(entry)
