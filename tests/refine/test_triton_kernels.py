@@ -141,6 +141,7 @@ def test_nan_pixel_stays_in_its_neighbourhood(kernels):
     assert (touched - 8).abs().max() == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_iter", [1, 3])
 @pytest.mark.parametrize(
     ("channels", "shape", "kind", "dtype"),
@@ -183,6 +184,7 @@ def test_no_iteration_returns_a_copy(kernels):
     assert not out[:, 1].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [3, 13])
 def test_valid_classes_equal_the_loop_over_images(kernels, channels):
     weights = reference.local_affinity(rand(2, 3, 9, 11), DILATIONS, fast=False, **constants(PAR))
@@ -214,6 +216,7 @@ def test_labels_in_chunks_break_ties_and_let_nan_win(kernels, monkeypatch):
     assert torch.equal(values.nan_to_num(9.0), expected.values.nan_to_num(9.0))
 
 
+@pytest.mark.slow
 def test_chunks_are_exact(kernels, monkeypatch):
     weights = reference.local_affinity(rand(3, 3, 6, 7), [1, 2], fast=False, **constants(PAR))
     masks = rand(3, 9, 6, 7, seed=1)
@@ -277,6 +280,7 @@ def test_offsets_beyond_32_bits_are_seen_on_meta_tensors(kernels):
     assert not needs_int64(meta(0, 3, 8192, 8192))
 
 
+@pytest.mark.slow
 def test_wide_offsets_give_the_same_result(kernels, monkeypatch):
     affinity, propagate, backward = kernels
     image, masks, grad = rand(1, 3, 5, 6), rand(1, 5, 5, 6, seed=1), rand(1, 5, 5, 6, seed=2)
