@@ -120,7 +120,8 @@ def main(argv: list[str]) -> None:
         except Exception as error:
             if not arguments.each:
                 raise
-            report = {"case": case.name, "target": target, "error": f"{type(error).__name__}: {error}".splitlines()[-1]}
+            lines = [line for line in f"{type(error).__name__}: {error}".splitlines() if line.strip(" ^")]
+            report = {"case": case.name, "target": target, "error": lines[-1].strip()}
         print(json.dumps(report), flush=True)
 
 
