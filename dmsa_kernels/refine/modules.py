@@ -142,7 +142,11 @@ class _Refinement(nn.Module):
         anchor = self.anchor if anchor is None else anchor
         if callable(anchor):
             anchor = anchor(masks, options.get("valid_classes"))
+        given = masks
         image, masks = _broadcast(image, masks)
+        valid = options.get("valid_classes")
+        if masks is not given and isinstance(valid, Tensor) and valid.dim() == 2 and valid.shape[0] == 1:
+            options["valid_classes"] = valid.expand(masks.shape[0], -1)
         return refine(
             image,
             masks,

@@ -178,6 +178,9 @@ def test_one_image_for_many_masks_and_the_reverse(module):
     for i in range(3):
         assert torch.equal(reverse[i], module(images[i : i + 1], stacks[:1])[0])
     assert torch.equal(labels, reverse.argmax(1))
+    shared = module(images, stacks[:1], valid_classes=valid[:1])
+    assert torch.equal(shared[:, 0], reverse[:, 0])
+    assert not shared[:, 1].any()
     with pytest.raises(ValueError, match="must have the batch size of image, 3"):
         module(images, stacks[:2])
     assert module(images[:1], stacks[:0]).shape == (0, 2, 9, 8)
