@@ -6,7 +6,6 @@ interpreter), ``eager`` (plain PyTorch, fast, any device and dtype) and ``refere
 
 from __future__ import annotations
 
-import importlib
 import os
 
 import torch
@@ -66,10 +65,3 @@ def resolve(backend: str, *tensors: Tensor) -> str:
         return "triton"
     on_gpu = all(tensor.device.type == "cuda" for tensor in tensors)
     return "triton" if reason is None and on_gpu and tensors else "eager"
-
-
-def __getattr__(name: str) -> object:
-    """``warmup`` stands with the refinement that it warms up and can still be imported from here."""
-    if name == "warmup":
-        return importlib.import_module("dmsa_kernels.refine.warmup").warmup
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -41,12 +41,6 @@ def test_warmup_off_the_gpu_runs_once_and_measures_nothing():
     assert image.grad is masks.grad is None
 
 
-def test_warmup_can_still_be_imported_from_the_backend():
-    assert backend.warmup is dmsa_kernels.warmup
-    with pytest.raises(AttributeError, match="cooldown"):
-        _ = backend.cooldown
-
-
 @pytest.mark.parametrize("version", [None, (3, 3), OLDEST_TRITON])
 def test_the_triton_that_is_needed_is_named(monkeypatch, version):
     monkeypatch.setattr(backend, "triton_version", lambda: version)

@@ -21,7 +21,16 @@ from dmsa.models.encoder import before_last
 
 
 @dataclass(frozen=True)
-class Quality:
+class Figures:
+    """What a measurement gives, by name."""
+
+    def table(self) -> dict[str, float]:
+        """The figures, rounded to two digits, by name."""
+        return {name: round(value, 2) for name, value in asdict(self).items()}
+
+
+@dataclass(frozen=True)
+class Quality(Figures):
     """Figures in percent, higher is better."""
 
     probe_miou: float
@@ -34,10 +43,6 @@ class Quality:
     """Probability that a patch on an object gets more class-token attention than one on the background."""
     attention_iou: float
     """IoU of the patches with attention above the picture's mean, against the objects."""
-
-    def table(self) -> dict[str, float]:
-        """The figures, rounded to two digits, by name."""
-        return {name: round(value, 2) for name, value in asdict(self).items()}
 
 
 def normalise(images: Tensor) -> Tensor:
@@ -194,7 +199,7 @@ def measure(vit: VisionTransformer, *, size: int = 96, pictures: int = 120, crop
 
 
 @dataclass(frozen=True)
-class PhotoQuality:
+class PhotoQuality(Figures):
     """Figures on photographs with COCO's outlines, 12 super-categories and background; percent, higher is better."""
 
     probe_miou: float
@@ -205,10 +210,6 @@ class PhotoQuality:
     """As in `Quality`."""
     attention_iou: float
     """As in `Quality`."""
-
-    def table(self) -> dict[str, float]:
-        """The figures, rounded to two digits, by name."""
-        return {name: round(value, 2) for name, value in asdict(self).items()}
 
 
 PROBE_TOKENS = 30_000

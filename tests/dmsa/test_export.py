@@ -16,13 +16,10 @@ from tests.dmsa.runs import tiny_config
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def run(tmp_path_factory, one_thread):
     out = tmp_path_factory.mktemp("export") / "run"
     train(tiny_config(out, epochs=1), ["train.py"])
-    yield out
-    torch.set_num_threads(threads)
+    return out
 
 
 @pytest.fixture(scope="module")

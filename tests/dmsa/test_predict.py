@@ -20,13 +20,7 @@ from dmsa.training.session import train
 from dmsa.visualize import colourise, heatmap, name_regions, overlay, panel
 from tests.dmsa.runs import ROOT, lines, tiny_config
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

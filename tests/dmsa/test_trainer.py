@@ -30,14 +30,7 @@ from dmsa.training.trainer import Trainer
 from dmsa.training.window import Window
 from tests.dmsa.runs import ROOT, assert_same_runs, attempts, lines, tiny_config
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Networks this small only wait for each other's threads; `attempts` uses one thread, too."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
