@@ -326,15 +326,15 @@ def tuning_key(neighbours: int, pixels: int, width: int) -> tuple[int, int, int]
     return neighbours, tuning.bucket(pixels), width
 
 
-def holds_weights(neighbours: int, width: int, has_valid: bool) -> bool:
-    """Return whether a pixel's weights fit into registers beside ``width`` channels.
-
-    Flags of eight channels take the last free ones: for some lists the compiler then spills held weights, for another
-    those that are read again (``python -m benchmarks.modelling.spills``).
-    """
-    if has_valid and width == 8 and neighbours in (40, 48, 64):
-        return False
+def holds_weights(neighbours: int) -> bool:
+    """Return whether a pixel's weights fit into registers."""
     return neighbours <= MAX_HELD_NEIGHBOURS
+
+
+def plane_width(channels: int, dtype: torch.dtype, neighbours: int, has_valid: bool) -> int:
+    """Return the channels of a group; flags of eight take the last registers that many weights leave."""
+    width = tuning.plane_width(channels, dtype.itemsize)
+    return 4 if width == 8 and has_valid and neighbours > 32 else width
 
 
 def is_plane(masks: Tensor, valid: Tensor | None, width: int, dtype: torch.dtype) -> bool:
@@ -479,7 +479,7 @@ def step(
         DILATIONS=dilations,
         HAS_VALID=valid is not None,
         HAS_ANCHOR=anchor is not None,
-        HOLD_WEIGHTS=holds_weights(neighbours, width, valid is not None),
+        HOLD_WEIGHTS=holds_weights(neighbours),
         ADJOINT=borders is not None,
         INT64=needs_int64(planes, weights, out),
         BLOCK_C=width,
@@ -550,7 +550,7 @@ def _schedule(
 ) -> None:
     dtype = plane_dtype(weights)
     batch, channels, _, _ = masks.shape
-    width = tuning.plane_width(channels, dtype.itemsize)
+    width = plane_width(channels, dtype, weights.shape[1], valid_classes is not None)
     images, chunk = chunks(weights, channels, width, dtype.itemsize, trace.device)
     buffers = Planes(trace, dtype)
     for n in range(0, batch, images):
@@ -605,7 +605,7 @@ def _labels_schedule(
     batch, channels, rows, columns = masks.shape
     # zero iterations compare the masks as they are, in a dtype that holds them exactly
     dtype = plane_dtype(weights) if num_iter else torch.float32
-    width = tuning.plane_width(channels, dtype.itemsize)
+    width = plane_width(channels, dtype, weights.shape[1], valid_classes is not None)
     images, chunk = chunks(weights, channels, width, dtype.itemsize, trace.device)
     blocks = triton.cdiv(rows * columns, BLOCK_PIXELS)
     buffers = Planes(trace, dtype)
@@ -684,8 +684,6 @@ def offline_cases() -> Iterator[tuning.OfflineCase]:
         yield case("tile", dilations, config, width, INT64=False)
     for dilations in OFFLINE_DILATIONS[-2:]:
         yield case("exact, valid", dilations, default, 4, HAS_VALID=True)
-        hold = holds_weights(8 * len(dilations), 8, True)
-        yield case("fast, valid", dilations, default, 8, HAS_VALID=True, HOLD_WEIGHTS=hold)
         yield case("exact, transposed", dilations, default, 4, ADJOINT=True)
         yield case("exact, anchored", dilations, default, 4, HAS_ANCHOR=True)
     for masks, planes, width in (("*fp32", "*fp32", 4), ("*fp16", "*fp32", 4), ("*bf16", "*fp16", 8)):
