@@ -24,6 +24,7 @@ FAMILY = (
     ["certainty"],
     ["ops"],
     ["eager", "reference", "triton", "resize"],
+    ["padded"],
 )
 """What a family's files are; any other is ground that these stand on."""
 METHOD = (

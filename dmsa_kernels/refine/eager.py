@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dmsa_kernels.refine.labels import largest
+from dmsa_kernels.refine.padded import Padded
 from dmsa_kernels.refine.spec import offsets, position_vector, sigma_centre_count
 
 # Elements of one sweep's operand on the CPU: small enough for two cores' L2 caches, large enough to hide the call.
@@ -34,67 +35,6 @@ GATHER_CLASSES = 10
 LOWEST_SCORE = -64.0
 # Contrasts are divided by no less than 1e-15, the square of which leaves room in float32.
 LARGEST_INVERSE = 1e15
-
-
-class _Padded:
-    """Planes [..., H, W] inside a buffer that is padded by replication, and the views of their P neighbours.
-
-    The margin is cut at the map's size: a neighbour further away is the border pixel in any case.
-    """
-
-    def __init__(self, shape: tuple[int, ...], dilations: list[int], dtype: torch.dtype, device: torch.device):
-        *batch, height, width = shape
-        self.shifts = [
-            (max(-height + 1, min(height - 1, dy)), max(-width + 1, min(width - 1, dx)))
-            for dy, dx in offsets(dilations)
-        ]
-        self.top = max(dy for dy, _ in self.shifts)
-        self.left = max(dx for _, dx in self.shifts)
-        self.batch, self.height, self.width = batch, height, width
-        self.buffer = torch.empty(
-            (*batch, height + 2 * self.top, width + 2 * self.left), dtype=dtype, device=device
-        )  # [..., H + 2 top, W + 2 left]
-        self.inner = self.rows(0, height)
-        self.views = self.neighbours(0, height)
-        self.margins = self._margins()
-
-    def _margins(self) -> list[tuple[Tensor, Tensor]]:
-        """The parts of the margin and the border line that each repeats: left and right, then above and below."""
-        top, left, bottom, right = self.top, self.left, self.top + self.height, self.left + self.width
-        middle = self.buffer[..., top:bottom, :]
-        pairs = [
-            (middle[..., :left], middle[..., left : left + 1]),
-            (middle[..., right:], middle[..., right - 1 : right]),
-            (self.buffer[..., :top, :], self.buffer[..., top : top + 1, :]),
-            (self.buffer[..., bottom:, :], self.buffer[..., bottom - 1 : bottom, :]),
-        ]
-        return [(margin, border) for margin, border in pairs if margin.numel()]
-
-    def rows(self, start: int, stop: int, dy: int = 0, dx: int = 0) -> Tensor:
-        """View [..., stop - start, W] of the rows ``start:stop`` moved by (dy, dx)."""
-        *strides, stride, _ = self.buffer.stride()
-        offset = (self.top + start + dy) * stride + self.left + dx
-        return self.buffer.as_strided((*self.batch, stop - start, self.width), (*strides, stride, 1), offset)
-
-    def neighbours(self, start: int, stop: int) -> list[Tensor]:
-        """The P views of the neighbours of the rows ``start:stop``, each [..., stop - start, W]."""
-        return [self.rows(start, stop, dy, dx) for dy, dx in self.shifts]
-
-    def fill(self) -> None:
-        """Replicate the border of ``inner`` into the margin."""
-        for margin, border in self.margins:
-            margin.copy_(border)
-
-    def fold(self) -> None:
-        """Add the margin to the border of ``inner``: the adjoint of :meth:`fill`."""
-        top, left, bottom, right = self.top, self.left, self.top + self.height, self.left + self.width
-        if top:
-            self.buffer[..., top, :] += self.buffer[..., :top, :].sum(-2)
-            self.buffer[..., bottom - 1, :] += self.buffer[..., bottom:, :].sum(-2)
-        if left:
-            middle = self.buffer[..., top:bottom, :]
-            middle[..., left] += middle[..., :left].sum(-1)
-            middle[..., right - 1] += middle[..., right:].sum(-1)
 
 
 def _compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -125,7 +65,7 @@ class _Guide:
     def __init__(self, image: Tensor, dilations: list[int], exponent: float, alpha: float, sigma: str, eps: float):
         dtype = _compute_dtype(image)
         self.dilations, self.exponent, self.alpha, self.sigma, self.eps = dilations, exponent, alpha, sigma, eps
-        self.padded = _Padded(tuple(image.shape), dilations, dtype, image.device)
+        self.padded = Padded(tuple(image.shape), dilations, dtype, image.device)
         self.padded.inner.copy_(image)
         self.padded.fill()
 
@@ -257,7 +197,7 @@ def local_affinity_backward(
     for chunk in _image_chunks(image):
         guide = _Guide(image[chunk], dilations, exponent, alpha, sigma, eps)
         shape = (guide.images(), channels, height, width)
-        grads = _Padded(shape, dilations, dtype, image.device)
+        grads = Padded(shape, dilations, dtype, image.device)
         grads.buffer.zero_()
         for start, stop in _bands(height, guide.images() * channels * width, image.device):
             mean, deviation = guide.deviation(start, stop)
@@ -273,7 +213,7 @@ def local_affinity_backward(
 
 def _scatter_affinity_band(
     guide: _Guide,
-    grads: _Padded,
+    grads: Padded,
     start: int,
     stop: int,
     grad_scores: Tensor,
@@ -357,8 +297,8 @@ def _propagate_padded(
     for first in range(0, classes, planes):
         chunk = slice(first, min(classes, first + planes))
         shape = (batch, chunk.stop - chunk.start, height, width)
-        source = _Padded(shape, dilations, dtype, masks.device)
-        target = _Padded(shape, dilations, dtype, masks.device)
+        source = Padded(shape, dilations, dtype, masks.device)
+        target = Padded(shape, dilations, dtype, masks.device)
         start = masks[:, chunk].to(dtype)
         source.inner.copy_(start)
         for _ in range(num_iter):
@@ -370,7 +310,7 @@ def _propagate_padded(
         out[:, chunk] = source.inner
 
 
-def _step(source: _Padded, taps: Sequence[Tensor], out: Tensor) -> None:
+def _step(source: Padded, taps: Sequence[Tensor], out: Tensor) -> None:
     """out <- sum_p taps[p] * neighbour_p of the filled ``source``."""
     torch.mul(source.views[0], taps[0], out=out)
     for neighbour, tap in zip(source.views[1:], taps[1:]):
@@ -509,9 +449,9 @@ def _history(
     num_iter: int,
     hold: Tensor | None,
     dtype: torch.dtype,
-) -> list[_Padded]:
+) -> list[Padded]:
     """The filled planes before each iteration; masks [b, c, H, W]."""
-    planes = [_Padded(tuple(masks.shape), dilations, dtype, masks.device) for _ in range(num_iter)]
+    planes = [Padded(tuple(masks.shape), dilations, dtype, masks.device) for _ in range(num_iter)]
     for t, source in enumerate(planes):
         if t == 0:
             source.inner.copy_(masks)
@@ -525,7 +465,7 @@ def _history(
 
 def _transposed_step(grad: Tensor, taps: Sequence[Tensor], dilations: list[int]) -> Tensor:
     """Adjoint of one step: grad [b, c, H, W] is scattered to the neighbours it came from."""
-    padded = _Padded(tuple(grad.shape), dilations, grad.dtype, grad.device)
+    padded = Padded(tuple(grad.shape), dilations, grad.dtype, grad.device)
     padded.buffer.zero_()
     for neighbour, tap in zip(padded.views, taps):
         neighbour.addcmul_(grad, tap)

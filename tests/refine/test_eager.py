@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dmsa_kernels.refine import AffinitySpec, eager, local_affinity, propagate, reference, refine
+from dmsa_kernels.refine.padded import Padded
 from dmsa_kernels.refine.spec import LCM, PAMR, PAR
 from tests.helpers import LargestTensor, border, relative_norm
 
@@ -148,7 +149,7 @@ def test_deviation_of_small_variation_on_a_large_value(sigma):
 
 
 def test_padding_and_its_adjoint():
-    padded = eager._Padded((2, 3, 4), [1, 9], torch.float64, torch.device("cpu"))
+    padded = Padded((2, 3, 4), [1, 9], torch.float64, torch.device("cpu"))
     assert padded.buffer.shape == (2, 3 + 2 * 2, 4 + 2 * 3)  # cut at the map's size
     x = torch.randn(2, 3, 4, dtype=torch.float64)
     padded.inner.copy_(x)
