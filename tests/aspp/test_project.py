@@ -110,6 +110,7 @@ def test_without_bias_and_offset_and_with_an_expanded_gradient(backend):
     check((x, weight, projection, None, None), [1, 3], backend, grad=None)
 
 
+@pytest.mark.slow
 @needs_interpreter
 def test_several_blocks_of_output_channels(monkeypatch):
     narrow = launch.ProjectPlan(block_p=32, block_c=16, block_o=16, num_warps=4)

@@ -46,6 +46,7 @@ def test_layouts_dtypes_and_odd_shapes(shape, rates, layout, reduce, dtype):
     check(x, weight, rates, bias, reduce, "triton")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [5, 7])
 def test_large_filters(k):
     x, weight, bias = make((1, 3, 11, 8), [1, 2], k=k, layout="channels_last")
@@ -59,6 +60,7 @@ def test_expanded_gradient_of_a_sum(reduce, layout):
     check(x, weight, [1, 3], bias, reduce, "triton", grad="ones")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 def test_many_tiles_and_splits(monkeypatch, layout):
     small = launch.Plan(block_p=32, block_c=2, tiles=1, num_warps=4)
@@ -69,6 +71,7 @@ def test_many_tiles_and_splits(monkeypatch, layout):
     check(x, weight, [1, 4], bias, "concat", "triton")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 def test_wide_offsets_change_nothing(monkeypatch, layout):
     x, weight, bias = make((1, 2, 6, 5), [1, 3], layout=layout)

@@ -133,6 +133,7 @@ def test_one_dead_process_stops_the_other_within_seconds(tmp_path):
     assert result["last_after_first"] < 10
 
 
+@pytest.mark.slow
 def test_more_processes_than_images(tmp_path):
     (result,) = attempts(tmp_path / "run", [None], processes=3, batch=2)
     assert result["statuses"] == [1, 1, 1]
@@ -188,6 +189,7 @@ def own_lines(printed: str) -> list[str]:
     return [line for line in printed.splitlines() if line.startswith("train.py: ")]
 
 
+@pytest.mark.slow
 def test_an_error_that_all_ranks_have_is_one_line_before_the_launchers(tmp_path):
     preset = write_preset(tmp_path, batch=1)
     command = torchrun("--nproc_per_node=2", f"--master_port={free_port()}", "train.py", "--preset", str(preset))
@@ -208,6 +210,7 @@ sys.exit(train.main())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("patch", "expected"),
     [
@@ -236,6 +239,7 @@ def test_an_error_of_one_rank_is_one_line_with_its_number(tmp_path, patch, expec
     assert "nowhere" in done.stderr.partition(expected)[2], "the launcher knows the reason, too"
 
 
+@pytest.mark.slow
 def test_six_processes_as_the_front_page_says(tmp_path):
     """The exact line, with options for few images appended."""
     line = "torchrun --nproc_per_node=6 train.py"
@@ -288,6 +292,7 @@ def wait_for_checkpoint(folder: Path, process: subprocess.Popen) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_a_rank_that_gives_no_sign_of_life_is_named(tmp_path):
     """One process is stopped (SIGSTOP), as seen from the others of a host whose link is cut."""
     preset = write_preset(tmp_path, epochs=1000, step_timeout=4.0, alone_timeout=4.0)

@@ -244,6 +244,7 @@ if rank:
 """
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_crops_and_get_the_same_centroids(tmp_path):
     from dmsa.labels.clustering import Centroids, prepare_centroids
 
