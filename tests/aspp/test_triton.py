@@ -53,6 +53,7 @@ def test_large_filters(k):
     check(x, weight, [1, 2], bias, "concat", "triton")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduce", REDUCTIONS)
 @pytest.mark.parametrize("layout", ["nchw", "tokens"])
 def test_expanded_gradient_of_a_sum(reduce, layout):

@@ -47,6 +47,7 @@ def test_token_labels_are_majorities():
     assert token_labels(label, (1, 2), 3).tolist() == [[[1, 2]]]
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_the_trainer(tmp_path):
     config = tiny_config(tmp_path / "run", epochs=2)
     trained = train(config)["scores"]

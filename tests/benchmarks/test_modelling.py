@@ -74,6 +74,7 @@ def test_a_map_that_fits_is_delivered_once(environment):
         assert float(found.stdout) == pytest.approx(expected, abs=0.1)
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_training_call_over_the_stub(environment):
     """Launches, spills, registers and host time of the refinement of AFA and ToCo, in one process."""

@@ -126,6 +126,7 @@ def test_killed_and_resumed_with_two_processes(two, tmp_path):
     assert_same_runs(two, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_one_dead_process_stops_the_other_within_seconds(tmp_path):
     (result,) = attempts(tmp_path / "run", [{"rank": 1, "step": 3}], processes=2)
     assert result["statuses"][1] == -signal.SIGKILL

@@ -104,6 +104,7 @@ def test_categories_exclude_the_classes_of_shapes_by_construction():
     assert (categories.amplitude > 0.05).all()
 
 
+@pytest.mark.slow
 def test_no_category_has_an_outline_of_shapes():
     categories = draw_categories(400, 0)
     axis = torch.linspace(-1.6, 1.6, 49)
@@ -240,6 +241,7 @@ def test_class_tokens_name_what_they_attend_to():
     torch.testing.assert_close(figures["loss_patch"], -(names * of_moved).sum(-1).mean())
 
 
+@pytest.mark.slow
 def test_class_tokens_with_moved_attention():
     torch.manual_seed(0)
     vit = build_backbone("shapes_vit_tiny", 32).eval()
@@ -427,6 +429,7 @@ def test_formula_learns_names(tmp_path, monkeypatch):
     assert np.mean(patches[-20:]) < 0.7 * np.mean(patches[:5])
 
 
+@pytest.mark.slow
 def test_distillation_learns_the_network(photos, strong, tmp_path):
     config = PretrainConfig(
         **{**TINY, **strong, "log_every": 1, "batch": 8},

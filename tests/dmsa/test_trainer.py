@@ -157,7 +157,7 @@ def test_a_checkpoint_of_the_layout_before_is_read_and_goes_on(finished, tmp_pat
     assert result["scores"][:3] == finished[1]["scores"]
 
 
-@pytest.mark.parametrize("more", [3, pytest.param(16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("more", [0, pytest.param(16, marks=pytest.mark.slow)])
 def test_killed_before_any_file_operation_and_resumed(tmp_path, more):
     """SIGKILL just before file operations of every kind: the bank, metrics, checkpoints half written, best, panels."""
     draw = random.Random(0)
@@ -165,7 +165,7 @@ def test_killed_before_any_file_operation_and_resumed(tmp_path, more):
     plan += [{"seconds": draw.uniform(0.05, 0.8)} for _ in range(more // 4)]
     results = attempts(tmp_path / "run", [*plan, None])
     reference = attempts(tmp_path / "reference", [None])
-    assert sum(result["statuses"] == [-9] for result in results) >= more // 2
+    assert sum(result["statuses"] == [-9] for result in results) >= max(3, more // 2)
     assert results[-1]["statuses"] == reference[0]["statuses"] == [0]
     assert_same_runs(tmp_path / "reference", tmp_path / "run")
     assert not list((tmp_path / "run").rglob(".*.tmp*"))
@@ -527,6 +527,7 @@ def test_negative_labels_share_one_permutation_over_the_parts(trainer):
     assert not torch.equal(task.prepare(batch, 1, 8).negative, whole)
 
 
+@pytest.mark.slow
 def test_one_batch_is_learnt_by_heart(tmp_path):
     base = tiny_config(tmp_path / "run")
     config = dataclasses.replace(base, labels=dataclasses.replace(base.labels, label_grid="tokens"))
@@ -706,6 +707,7 @@ def test_damaged_images_are_named_in_report_log_and_metrics(tmp_path, capsys):
     assert found == [{"kind": "skipped", "step": 1, "epoch": 0, "images": 2, "new": ["03", "07"]}]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:skipped", "ignore:feature bank")
 def test_damaged_images_are_not_forgotten_by_a_run_that_goes_on(tmp_path, monkeypatch):
     photographs(tmp_path / "data", masks=True, damaged={("train", 3), ("train", 7)})

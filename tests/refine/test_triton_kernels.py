@@ -166,6 +166,7 @@ def test_propagate(kernels, num_iter, channels, shape, kind, dtype):
     assert torch.equal(masks, before)
 
 
+@pytest.mark.slow
 def test_propagate_fast(kernels):
     weights = reference.local_affinity(rand(1, 3, 12, 12), [1, 2], fast=False, **constants(PAR))
     masks = rand(1, 21, 12, 12, seed=1)
@@ -204,6 +205,7 @@ def test_valid_classes_equal_the_loop_over_images(kernels, channels):
     assert not out[~valid].any()
 
 
+@pytest.mark.slow
 def test_labels_in_chunks_break_ties_and_let_nan_win(kernels, monkeypatch):
     monkeypatch.setattr(tuning, "plan_chunks", lambda *sizes: (1, 1))
     weights = torch.full((2, 8, 5, 5), 1 / 8, device=DEVICE)
@@ -226,6 +228,7 @@ def test_chunks_are_exact(kernels, monkeypatch):
     assert torch.equal(kernels[1].propagate(weights, masks, [1, 2], 2, None), whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("channels", "shape", "use_valid"), [(1, (6, 7), False), (4, (5, 6), True), (3, (2, 5), False), (2, (1, 1), False)]
 )
@@ -249,6 +252,7 @@ def test_propagate_backward(kernels, channels, shape, use_valid):
     assert torch.equal(only[1], got[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_affinity_backward(kernels, spec):
     image = strided(rand(1, 2, 5, 7), "channels_last")
