@@ -139,8 +139,7 @@ def trained_rows(curves: Curves, number: int) -> list[dict[str, Any]]:
 
 def other_way_row(config: Config, title: str) -> dict[str, Any]:
     """Score the end of a finished run the other way: with refined predictions if its own are not, and vice versa."""
-    path = checkpoint.Checkpoints(Path(config.out) / "checkpoints").newest()
-    assert path is not None, "a finished run has a checkpoint"
+    path = checkpoint.find(config.out, prefer_best=False)
     predictor = Predictor(checkpoint.load(path), path)
     refine: Literal["off", "par"] = "par" if config.model.refine == "off" else "off"
     predictor.config = dataclasses.replace(config, model=dataclasses.replace(config.model, refine=refine))
