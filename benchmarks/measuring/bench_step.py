@@ -2,6 +2,7 @@
 materialises every shifted map, and one backward pass through the network for every class's activation map.
 
     python -m benchmarks.measuring.bench_step                 # prints parts, memory and the ratio
+    python -m benchmarks.measuring.bench_step --memory 86     # what a step of 86 images would need
     pytest benchmarks/measuring/bench_step.py --benchmark-only
 
 Random weights and pictures: speed does not depend on them. The optimiser's rate is 0, so that every repetition computes
@@ -37,7 +38,7 @@ from dmsa.data.base import colour_map
 from dmsa.data.classes import Classes
 from dmsa.data.transforms import TrainTransform
 from dmsa.training import task as training_task
-from dmsa.training.setup import build_optimizer
+from dmsa.training.setup import PRECISIONS, build_optimizer
 from dmsa.training.task import Prepared, Task
 
 EPOCH = 5
@@ -288,13 +289,45 @@ def compare(step: Step, repeats: int, whole_network: bool = True) -> str:
     )
 
 
+def memory_of(device: torch.device, classes: int, images: int, precision: str) -> str:
+    """Measure steps of four and eight images and say what one of `images` needs, weights and optimiser included."""
+    dtype = PRECISIONS[precision]
+    peaks = []
+    for batch in (4, 8):
+        step = Step(device, classes, batch)
+        pictures = step.samples(0)
+
+        def run(step: Step = step, pictures: dict[str, Tensor] = pictures) -> None:
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                step.run(pictures)
+
+        run()  # so that gradients and the optimiser's state are there
+        peaks.append(peak_memory(run, device)[0])
+    an_image = (peaks[1] - peaks[0]) / 4
+    student, teacher = step.task.student, step.task.teacher.model
+    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in step.task.encoder.parameters())
+    copies = sum(v.numel() for v in teacher.trainable_state().values())
+    # Trained weights with gradients and Adam's two moments, the backbone, teacher and initial weights.
+    fixed = 4 * (4 * trained + frozen + 2 * copies)
+    inputs = images * 2 * 3 * step.config.data.crop**2 * 4
+    whole = peaks[0] + an_image * (images - 4) + fixed + inputs
+    shown = [human_bytes(value) for value in (*peaks, an_image, inputs, fixed, whole)]
+    return (
+        f"{classes} things, {precision}: a step takes {shown[0]} at 4 images and {shown[1]} at 8, {shown[2]} more an "
+        f"image;\nat {images} images, with inputs ({shown[3]}), weights and optimiser ({shown[4]}): {shown[5]}"
+    )
+
+
 def main() -> None:
-    """Print the comparison."""
+    """Print the comparison, or what memory a step needs."""
     parser = argparse.ArgumentParser(description="Cost of one training step, part by part.")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--batch", type=int, default=2, help="images")
     parser.add_argument("--classes", type=int, default=20, help="things, besides the background")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--memory", type=int, metavar="IMAGES", help="only say what memory a step of IMAGES needs")
+    parser.add_argument("--precision", choices=tuple(PRECISIONS), default="bf16", help="of --memory")
     parser.add_argument(
         "--loop",
         choices=("whole-network", "last-block"),
@@ -303,6 +336,9 @@ def main() -> None:
     )
     options = parser.parse_args()
     device = pick_device(options.device)
+    if options.memory:
+        print(memory_of(device, options.classes, options.memory, options.precision))
+        return
     print(f"ViT-S/8, {options.batch} x 160 px, {options.classes} classes and a background, {device}")
     print(
         f"today: materialising PAR, one backward pass per class ({options.loop}); "

@@ -390,7 +390,7 @@ def predict_run(classes: int, cluster: Cluster, images_per_worker_s: float = IMA
     gpu, hour = cluster.gpu, 3600.0
     rate = MATRIX_EFFICIENCY * gpu.bf16_flops
     steps = math.ceil(COCO_IMAGES / BATCH)
-    share = BATCH / cluster.count
+    share = math.ceil(BATCH / cluster.count)  # the largest one: the others wait for it
     # Frozen blocks once; the last block by the student forward and backward and by the teacher; the same for the
     # decoder's two blocks; the maps cost a third of a forward pass.
     image_operations = (
@@ -399,7 +399,7 @@ def predict_run(classes: int, cluster: Cluster, images_per_worker_s: float = IMA
         + 4 * vit_operations(CROP_TOKENS + classes, blocks=2)
     )
     network = EPOCHS * steps * share * image_operations / rate
-    cost = refine_cost(max(1, round(share)), classes, 80, 80, cases.SIX, 10, l2_bytes=gpu.l2_bytes)
+    cost = refine_cost(share, classes, 80, 80, cases.SIX, 10, l2_bytes=gpu.l2_bytes)
     refinement = EPOCHS * steps * predicted_seconds(cost, gpu)
     ring = 2 * (cluster.count - 1) / cluster.count * 4 * TRAINABLE_PARAMETERS / (cluster.allreduce_gb_per_s * 1e9)
     crops = BANK_WINDOWS * BANK_KEPT

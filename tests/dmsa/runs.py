@@ -15,6 +15,8 @@ from dmsa import checkpoint
 from dmsa.config import Config, from_dict
 
 ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+"""For programs that tests start."""
 
 
 def tiny_values(**train: Any) -> dict[str, Any]:
@@ -44,13 +46,12 @@ def tiny_config(out: str | Path, **train: Any) -> Config:
 def attempts(out: Path, plan: list[dict | None], processes: int = 1, **train: Any) -> list[dict[str, Any]]:
     """Run `tests.dmsa.crash` and return its results."""
     order = {"config": tiny_values(**train), "out": str(out), "attempts": plan, "processes": processes}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-m", "tests.dmsa.crash", json.dumps(order)],
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env=environment,
+        env=ENVIRONMENT,
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -15,9 +15,7 @@ import yaml
 
 from dmsa import distributed
 from tests.dmsa.crash import free_port
-from tests.dmsa.runs import ROOT, assert_same_runs, attempts, lines, tiny_values
-
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+from tests.dmsa.runs import ENVIRONMENT, ROOT, assert_same_runs, attempts, lines, tiny_values
 
 
 def names(*shares: tuple[int, int | None]) -> dict[str, tuple[int, dict]]:
