@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -181,6 +181,52 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
     return tensor
+
+
+class _Joined(torch.autograd.Function):
+    """The rows of all processes from each one's own; its share of the gradient comes back, times the processes."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, length: int) -> Tensor:
+        ctx.rows = shard(length)
+        whole = own.new_zeros(length, *own.shape[1:])
+        whole[ctx.rows.start : ctx.rows.stop] = own
+        return all_reduce_sum(whole)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0][ctx.rows.start : ctx.rows.stop] * world_size(), None
+
+
+def by_parts(work: Callable[[slice], tuple[Tensor, ...]], length: int) -> tuple[Tensor, ...]:
+    """Let each process do its part of a batch and return the results for all of it, the same in every process.
+
+    Whatever comes after sees the whole batch in every process; gradients are then to be averaged (`average_gradients`):
+    of what `work` uses they add up to the whole batch's, of what comes after they are the whole batch's already.
+
+    Args:
+        work: takes the slice of its images and returns tensors `[own images, ...]`.
+        length: images of the batch.
+
+    Raises:
+        ValueError: more processes than images.
+    """
+    if world_size() == 1:
+        return work(slice(0, length))
+    if world_size() > length:
+        raise ValueError(f"{world_size()} processes cannot share a batch of {length} images; start at most {length}")
+    own = shard(length)
+    return tuple(_Joined.apply(result, length) for result in work(slice(own.start, own.stop)))
+
+
+def average_gradients(parameters: Iterable[Tensor]) -> None:
+    """Average gradients over processes, in place."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if world_size() == 1 or not gradients:
+        return
+    flat = all_reduce_sum(torch.cat([gradient.flatten() for gradient in gradients])) / world_size()
+    for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
 
 
 def barrier() -> None:

@@ -42,9 +42,10 @@ SHORTER = {
     r"train\.py .*(--preset|--data\.name) ": f"{TINY} {BACKBONE}",
     r"train\.py --help": "",
     r"dmsa ablate": "--seeds 0 --epochs 1 --train-images 32 --val-images 4 --results tables",
-    r"dmsa pretrain --recipe formula": "--steps 2 --batch 4 --report-pictures 0",
-    r"dmsa pretrain --recipe dino": "--steps 2 --batch 2 --size 48 --report-pictures 0",
-    r"dmsa predict|dmsa refine|dmsa doctor|dmsa prepare|dmsa eval|dmsa export": "",
+    r"pretrain --recipe formula": "--steps 2 --batch 4 --report-pictures 0",
+    r"pretrain --recipe dino": "--steps 2 --batch 2 --size 48 --report-pictures 0",
+    r"dmsa predict|dmsa refine|dmsa doctor|dmsa prepare|dmsa(\.cli)? eval|dmsa export": "",
+    r"dmsa doctor --decode$": "--root data/voc",
     r"bench_step": "--batch 1 --classes 2 --repeats 1",
     r"bench_data": "--images 2 --masks 2 --repeats 1",
     r"bench_cam": "--batch 1 --classes 2 --loop-classes 1 --repeats 1 --bank-images 1 --bank-repeats 1",
@@ -85,7 +86,7 @@ def in_sentences(text: str) -> list[str]:
     """Commands between backquotes that say enough to be run: with an option or an argument."""
     prose = re.sub(r"```.*?```", "", text, flags=re.S)
     found = [" ".join(command.split()) for command in re.findall(rf"`({START}\s[^`]+)`", prose)]
-    return [c for c in found if re.match(r"python|torchrun", c) or (" --" in c and re.match(r"dmsa \w+", c))]
+    return [c for c in found if re.match(r"python|torchrun|pytest", c) or (" --" in c and re.match(r"dmsa \w+", c))]
 
 
 def in_docstrings(path: Path) -> list[str]:
@@ -118,7 +119,7 @@ def shortened(command: str) -> str:
     for pattern, name in NAMES.items():
         command = re.sub(pattern, name, command)
     command = command.replace("HOST:29400", f"127.0.0.1:{free_port()}")
-    options = [options for pattern, options in SHORTER.items() if re.search(pattern, f"{command} ")]
+    options = [options for pattern, options in SHORTER.items() if re.search(pattern, command)]
     assert options, f"nothing in SHORTER or NOT_RUN fits: {command}"
     command = f"{command} {options[-1]}".strip()
     if "--nnodes=2" in command:  # the same line on both hosts

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import sys
 
 from dmsa import distributed
 from dmsa.training.ablation import ablate
@@ -41,7 +40,7 @@ def main(argv: list[str]) -> int:
         with distributed.process_group():
             lines = ablate(**dataclasses.asdict(options), command=command(options))
     except (ValueError, FileNotFoundError) as error:
-        print(f"dmsa ablate: {error}", file=sys.stderr)
+        distributed.complain(error, "dmsa ablate")
         return 1
     if int(os.environ.get("RANK", 0)) == 0:
         print("\n".join(lines))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-
+from dmsa import distributed
 from dmsa.pretrain.config import PretrainConfig
 from dmsa.pretrain.run import pretrain
 
@@ -16,6 +15,6 @@ def main(argv: list[str]) -> int:
     try:
         pretrain(config)
     except (ValueError, FileNotFoundError) as error:
-        print(f"dmsa pretrain: {error}", file=sys.stderr)
+        distributed.complain(error, "dmsa pretrain")
         return 1
     return 0

@@ -19,6 +19,7 @@ from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from dmsa import distributed
 from dmsa.data.images import as_rgb, open_image
 from dmsa.data.listing import IMAGE_SUFFIXES, list_files
 from dmsa.pretrain.config import PretrainConfig
@@ -177,8 +178,11 @@ def build(config: PretrainConfig, vit: VisionTransformer) -> Recipe:
 
     def project(network: nn.ModuleDict, images: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
-            tokens = cast(VisionTransformer, network["vit"]).forward_features(normalise(images))
-        return network["head"](tokens[:, 0].float())
+            vit = cast(VisionTransformer, network["vit"])
+            (tokens,) = distributed.by_parts(
+                lambda own: (vit.forward_features(normalise(images[own]))[:, 0],), len(images)
+            )
+        return network["head"](tokens.float())
 
     def loss_of_step(step: int, generator: torch.Generator) -> dict[str, Tensor]:
         batch = pictures.draw(config.batch, generator)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from dmsa import distributed
 from dmsa.models.network import Standardised, load_network
 from dmsa.pretrain.config import PretrainConfig
 from dmsa.pretrain.dino import Pictures, find_images, random_crop
@@ -71,9 +72,11 @@ def build(config: PretrainConfig, vit: VisionTransformer) -> Recipe:
 
     def loss_of_step(step: int, generator: torch.Generator) -> dict[str, Tensor]:
         images = crops(config.batch, generator)
-        patches, pooled = wanted(images)
+        patches, pooled = distributed.by_parts(lambda own: wanted(images[own]), config.batch)
         with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
-            tokens = vit.forward_features(normalise(shrunk(images, config.size)))
+            (tokens,) = distributed.by_parts(
+                lambda own: (vit.forward_features(normalise(shrunk(images[own], config.size))),), config.batch
+            )
         read = modules["patch_head"](tokens[:, vit.num_prefix_tokens :].float())
         of_patches = F.cosine_similarity(read, modules["patch_scale"](patches), dim=-1).mean()
         of_class = F.cosine_similarity(

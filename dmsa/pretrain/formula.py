@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from dmsa import distributed
 from dmsa.models.encoder import blocks_before_last
 from dmsa.pretrain.config import PretrainConfig
 from dmsa.pretrain.loop import Recipe
@@ -390,7 +391,12 @@ def build(config: PretrainConfig, vit: VisionTransformer) -> Recipe:
         names_only = step < NAMES_FIRST * config.steps
         shift = None if names_only else torch.rand(batch, (size // patch) ** 2, generator=generator)
         with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
-            token, moved, attention = class_tokens(vit, vit.patch_embed(normalise(images)), shift)
+            token, moved, attention = distributed.by_parts(
+                lambda own: class_tokens(
+                    vit, vit.patch_embed(normalise(images[own])), None if shift is None else shift[own]
+                ),
+                batch,
+            )
         wanted = targets(owner, patch, config.categories)
         return formula_loss(head, token.float(), moved.float(), attention, wanted, shift, config.patch_weight)
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from dmsa import distributed
 from dmsa.models.hybrid import NetworkStem
 from dmsa.models.network import Standardised, load_network
 from dmsa.pretrain.config import PretrainConfig
@@ -75,13 +76,16 @@ def build(config: PretrainConfig, vit: VisionTransformer) -> Recipe:
     modules = nn.ModuleDict({"vit": vit, "head": nn.Linear(vit.embed_dim, pooled.shape[-1]), "wanted": wanted})
 
     def loss_of_step(step: int, generator: torch.Generator) -> dict[str, Tensor]:
-        maps, pooled, logits = read(crops(config.batch, generator))
+        images = crops(config.batch, generator)
+        maps, pooled, logits = distributed.by_parts(lambda own: read(images[own]), config.batch)
         places = wanted(pooled)
         aim = evidence(places, logits).softmax(-1)
         places = places.flatten(1, 2)  # [B, N, P]
         shift = torch.rand(places.shape[:2], generator=generator)
         with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
-            token, moved, attention = class_tokens(vit, stem.embed(maps), shift)
+            token, moved, attention = distributed.by_parts(
+                lambda own: class_tokens(vit, stem.embed(maps[own]), shift[own]), config.batch
+            )
         share = attention / attention.sum(-1, keepdim=True)
         seen = torch.einsum("bn,bnp->bp", share.detach(), places)
         of_whole = F.cosine_similarity(modules["head"](token.float()), seen, dim=-1).mean()

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dmsa import distributed
 from dmsa.files import write_atomically
 
 Recipe = tuple[nn.ModuleDict, Callable[[int, torch.Generator], dict[str, Tensor]], Callable[[int], None]]
@@ -77,13 +80,8 @@ def run(
     optimiser = torch.optim.AdamW(parameter_groups(modules, weight_decay), lr=lr, betas=(0.9, 0.98))
     step = 0
     last = out / "last.pt"
-    if last.exists():
-        state = torch.load(last, map_location="cpu", weights_only=True)
-        differing = {k: (state["settings"].get(k), v) for k, v in settings.items() if state["settings"].get(k) != v}
-        if differing:
-            raise ValueError(
-                f"{last} was made with other settings (there, here): {differing}; choose another `out` or remove it"
-            )
+    state = distributed.on_main(lambda: _read(last, settings))
+    if state is not None:
         modules.load_state_dict(state["modules"])
         optimiser.load_state_dict(state["optimiser"])
         step = state["step"]
@@ -96,13 +94,14 @@ def run(
     parameters = [p for p in modules.parameters() if p.requires_grad]
     began = saved = time.monotonic()
     first = step
-    with (out / "metrics.jsonl").open("a", encoding="utf-8") as log:
+    with (out / "metrics.jsonl" if distributed.is_main() else Path(os.devnull)).open("a", encoding="utf-8") as log:
         while step < steps and (stop_after is None or step - first < stop_after):
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate(step, steps, lr, cooldown)
             figures = loss_of_step(step, step_generator(seed, step))
             optimiser.zero_grad(set_to_none=True)
             figures["loss"].backward()
+            distributed.average_gradients(parameters)
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimiser.step()
             after_step(step)
@@ -117,7 +116,20 @@ def run(
                 log.write(json.dumps(values) + "\n")
                 log.flush()
                 yield values
-            if time.monotonic() - saved > 60 * checkpoint_minutes:
+            if distributed.is_main() and time.monotonic() - saved > 60 * checkpoint_minutes:
                 checkpoint()
                 saved = time.monotonic()
-    checkpoint()
+    distributed.on_main(checkpoint)
+
+
+def _read(path: Path, settings: dict) -> dict[str, Any] | None:
+    """Return the checkpoint at `path`, None if there is none; it must have been made with `settings`."""
+    if not path.exists():
+        return None
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    differing = {k: (state["settings"].get(k), v) for k, v in settings.items() if state["settings"].get(k) != v}
+    if differing:
+        raise ValueError(
+            f"{path} was made with other settings (there, here): {differing}; choose another `out` or remove it"
+        )
+    return state

@@ -12,6 +12,7 @@ from safetensors.torch import save
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from dmsa import distributed
 from dmsa.files import claim_outputs, write_atomically
 from dmsa.models.encoder import check_architecture
 from dmsa.models.hybrid import HYBRID, hybrid_vit
@@ -62,7 +63,7 @@ def save_encoder(vit: nn.Module, path: Path) -> None:
 
 
 def pretrain(config: PretrainConfig) -> dict[str, object]:
-    """Train, write ``encoder.safetensors`` and measure it.
+    """Train, write ``encoder.safetensors`` and measure it; processes that torchrun started share the batches.
 
     Returns:
         The report: settings, steps done, quality before and after (`dmsa.pretrain.quality.Quality`).
@@ -76,6 +77,19 @@ def pretrain(config: PretrainConfig) -> dict[str, object]:
             raise ValueError(f"{name}={getattr(config, name)}: expected at least 1")
     if not 0 <= config.patch_weight < float("inf"):
         raise ValueError(f"patch_weight={config.patch_weight}: expected a number of at least 0")
+    # The recipe `formula` draws pictures of up to twice the size, and a quarter as many.
+    smallest = max(1, config.batch // 4) if config.recipe == "formula" else config.batch
+    _, processes = distributed.launched()
+    if processes > smallest:
+        raise ValueError(
+            f"{processes} processes cannot share batches of {smallest} images (batch={config.batch}, recipe "
+            f"{config.recipe!r}); start at most {smallest}, or choose a larger batch"
+        )
+    with distributed.process_group():
+        return _pretrain(config)
+
+
+def _pretrain(config: PretrainConfig) -> dict[str, object]:
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     vit = build_backbone(config.encoder, config.size)
@@ -84,12 +98,16 @@ def pretrain(config: PretrainConfig) -> dict[str, object]:
     modules, loss_of_step, after_step = build(config, vit)
     out = Path(config.out)
     files = ("encoder.safetensors", "report.json")
-    claim_outputs(out, files, force=(out / "last.pt").exists(), remedy="no run made them, choose another --out")
+    distributed.on_main(
+        lambda: claim_outputs(
+            out, files, force=(out / "last.pt").exists(), remedy="no run made them, choose another --out"
+        )
+    )
     free = {"out", "steps", "cooldown", "threads", "checkpoint_minutes", "log_every", "stop_after"}
     free |= {"report_pictures", "report_root"}
     settings = {"version": VERSION, **{key: value for key, value in asdict(config).items() if key not in free}}
     report: dict[str, object] = {"settings": asdict(config)}
-    _measure(config, vit, "untrained", report)
+    distributed.on_main(lambda: _measure(config, vit, "untrained", report))
     figures: dict[str, float] = {}
     modules.train()
     for figures in run(
@@ -107,12 +125,17 @@ def pretrain(config: PretrainConfig) -> dict[str, object]:
         log_every=config.log_every,
         stop_after=config.stop_after,
     ):
-        print(" ".join(f"{name} {value:g}" for name, value in figures.items()), flush=True)
-    save_encoder(vit, out / "encoder.safetensors")
+        if distributed.is_main():
+            print(" ".join(f"{name} {value:g}" for name, value in figures.items()), flush=True)
     report["last"] = figures
-    _measure(config, vit, "trained", report)
-    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    return report
+
+    def finish() -> dict[str, object]:
+        save_encoder(vit, out / "encoder.safetensors")
+        _measure(config, vit, "trained", report)
+        (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        return report
+
+    return distributed.on_main(finish)
 
 
 def _measure(config: PretrainConfig, vit: nn.Module, when: str, report: dict[str, object]) -> None:

@@ -390,6 +390,28 @@ def test_the_link_between_two_hosts_is_cut(two, two_hosts, tmp_path):
     assert_same_runs(two, tmp_path / "run")
 
 
+@pytest.mark.slow
+def test_pretraining_shares_its_batches(tmp_path):
+    options = "--recipe formula --steps 4 --batch 14 --size 48 --report-pictures 0 --log-every 1"
+    figures = {}
+    for processes in (1, 3):
+        out = tmp_path / str(processes)
+        command = torchrun(
+            f"--nproc_per_node={processes}", f"--master_port={free_port()}", "-m", "dmsa.cli", "pretrain"
+        )
+        done = subprocess.run([*command, *options.split(), "--out", str(out)], cwd=ROOT, env=ENVIRONMENT)
+        assert done.returncode == 0
+        figures[processes] = lines(out)
+    assert len(figures[1]) == 4
+    for one, three in zip(figures[1], figures[3], strict=True):
+        for name in ("loss", "loss_class", "loss_patch", "loss_attention"):
+            assert three[name] == pytest.approx(one[name], abs=1e-3), name
+    command = torchrun("--nproc_per_node=4", f"--master_port={free_port()}", "-m", "dmsa.cli", "pretrain")
+    done = subprocess.run([*command, *options.split(), "--out", str(tmp_path / "4")], cwd=ROOT, env=ENVIRONMENT,
+                          capture_output=True, text=True)  # fmt: skip
+    assert "dmsa pretrain: rank 0 of 4: 4 processes cannot share batches of 3 images (batch=14" in done.stderr
+
+
 def test_one_process_needs_no_process_group():
     assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
     value = torch.ones(2)
