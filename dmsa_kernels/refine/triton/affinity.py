@@ -78,7 +78,9 @@ def inverse_scale(sigma, alpha, eps):
 
     A channel without contrast has the same score for all neighbours: left out, it drowns no other in rounding.
     """
-    inverse = tl.minimum(tl.div_rn(tl.full(sigma.shape, 1.0, tl.float32), tl.fma(sigma, alpha, eps)), 1e15)
+    inverse = tl.div_rn(tl.full(sigma.shape, 1.0, tl.float32), tl.fma(sigma, alpha, eps))
+    # a minimum would make a number of the NaN that a pixel of the neighbourhood brings
+    inverse = tl.where(inverse > 1e15, 1e15, inverse)
     return tl.where(sigma == 0, 0.0, inverse)
 
 
