@@ -18,7 +18,7 @@ PHOTOS = ROOT.parent / "shared" / "photos"
 def documented_options() -> list[str]:
     """The options that docs/training.md calls SMALL."""
     (text,) = re.findall(r'^SMALL="(.*?)"$', (ROOT / "docs/training.md").read_text(), re.M | re.S)
-    return shlex.split(text)
+    return shlex.split(text.replace("\\\n", " "))
 
 
 @pytest.fixture(scope="module")
