@@ -325,8 +325,9 @@ def test_a_rank_that_gives_no_sign_of_life_is_named(tmp_path):
 def can_cut_links() -> bool:
     if not shutil.which("ip"):
         return False
-    made = subprocess.run(["ip", "netns", "add", "dmsa-try"], capture_output=True).returncode == 0
-    return made and subprocess.run(["ip", "netns", "del", "dmsa-try"], capture_output=True).returncode == 0
+    name = f"dmsa-{os.getpid()}"
+    made = subprocess.run(["ip", "netns", "add", name], capture_output=True).returncode == 0
+    return made and subprocess.run(["ip", "netns", "del", name], capture_output=True).returncode == 0
 
 
 @pytest.fixture
@@ -336,7 +337,7 @@ def two_hosts():
     def ip(*words: str) -> None:
         subprocess.run(["ip", *words], check=True, capture_output=True)
 
-    names = ("dmsa-one", "dmsa-two")
+    names = tuple(f"dmsa-{os.getpid()}-{name}" for name in ("one", "two"))
     for name in names:
         ip("netns", "add", name)
     try:
@@ -366,7 +367,7 @@ def test_the_link_between_two_hosts_is_cut(two, two_hosts, tmp_path):
             "--preset", str(preset),
         )  # fmt: skip
         return subprocess.Popen(
-            ["ip", "netns", "exec", f"dmsa-{name}", *command],
+            ["ip", "netns", "exec", f"dmsa-{os.getpid()}-{name}", *command],
             cwd=ROOT, env={**ENVIRONMENT, "GLOO_SOCKET_IFNAME": name}, stdout=log.open("w"), stderr=subprocess.STDOUT,
         )  # fmt: skip
 
