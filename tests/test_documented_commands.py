@@ -30,6 +30,7 @@ BACKBONE = "--model.encoder shapes_vit_tiny --model.decoder-heads 4 --data.repea
 
 NOT_RUN = {
     r"pip install": "needs the package index",
+    r"tests\.triton_versions": "needs the package index, an environment for each version of Triton",
     r"^pytest": "the tests themselves; tests/benchmarks runs the benchmarks' rows at the smallest size",
     r"benchmarks\.gpu_suite": "needs a GPU; tests/benchmarks runs its sections on the CPU",
     r"(distil|hybrid)": "need a network's weights from timm's hub; tests/dmsa/test_pretrain.py runs them without",
