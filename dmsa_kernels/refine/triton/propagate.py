@@ -644,8 +644,9 @@ def offline_cases() -> Iterator[tuning.OfflineCase]:
 
     def case(label: str, dilations: tuple[int, ...], config: tuning.Config, width: int, **constants: object):
         planes, weights = ("*fp16", "*fp16") if width == 8 else ("*fp32", "*fp32")
+        kernel = "propagate_bwd" if "ADJOINT" in constants else "propagate_fwd"
         return tuning.OfflineCase(
-            f"propagate_fwd {label} {dilations} {config}",
+            f"{kernel} {label} {dilations} {config}",
             propagate_fwd_kernel,
             {
                 "planes_ptr": planes,
@@ -679,7 +680,7 @@ def offline_cases() -> Iterator[tuning.OfflineCase]:
             default, *others = tuning.configs("propagate_fwd", neighbours=8 * len(dilations), width=width)
             yield case(label, dilations, default, width)
             longest |= {(config, width): dilations for config in others}
-        yield case("exact", dilations, default, 1)
+        yield case("exact, one channel", dilations, default, 1)
     for (config, width), dilations in longest.items():  # the list that leaves a configuration least room
         yield case("tile", dilations, config, width, INT64=False)
     for dilations in OFFLINE_DILATIONS[-2:]:
