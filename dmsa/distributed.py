@@ -383,15 +383,19 @@ class _Watch:
         self._written, self._read, self._consequence = store.clone(), store.clone(), consequence
         self._limit, self._since = float("inf"), time.monotonic()
         self._closed = threading.Event()
-        for target in (self._beat, self._look):
-            threading.Thread(target=target, name="watch", daemon=True).start()
+        self._threads = [threading.Thread(target=run, name="watch", daemon=True) for run in (self._beat, self._look)]
+        for thread in self._threads:
+            thread.start()
 
     def expect(self, seconds: float | None) -> None:
         self._limit = self._limit if seconds is None else seconds
         self._since = time.monotonic()
 
     def close(self) -> None:
+        """Stop, and wait for the threads: one that comes back from the store while Python ends aborts the process."""
         self._closed.set()
+        for thread in self._threads:
+            thread.join(ANSWER_SECONDS)  # longer only where the store's host is lost
 
     def lost(self, seconds: float, since: str = "") -> LostRankError | None:
         """Return the error that names who gives no sign of life within `seconds`; None as soon as all have."""

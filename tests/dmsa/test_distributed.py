@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -411,6 +412,29 @@ def test_pretraining_shares_its_batches(tmp_path):
     done = subprocess.run([*command, *options.split(), "--out", str(tmp_path / "4")], cwd=ROOT, env=ENVIRONMENT,
                           capture_output=True, text=True)  # fmt: skip
     assert "dmsa pretrain: rank 0 of 4: 4 processes cannot share batches of 3 images (batch=14" in done.stderr
+
+
+class SlowStore:
+    """A store whose answers take their time, as on a busy host."""
+
+    def __init__(self):
+        self.beats = []
+
+    def clone(self):
+        return self
+
+    def set(self, key, value):
+        time.sleep(0.3)
+        self.beats.append((key, value))
+
+
+def test_no_thread_of_the_watch_outlives_it():
+    """One that returns from the store's C++ code while Python ends would abort the process after its work."""
+    store = SlowStore()
+    watch = distributed._Watch(store, str)
+    watch.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "watch"]
+    assert store.beats == [("beat/0", "1")]
 
 
 def test_one_process_needs_no_process_group():
