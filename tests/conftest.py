@@ -7,6 +7,10 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# Several workers share the cores, and so do the programs that they start.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+    os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
 
 # Forward and gradients of every operator against golden data or the definition, labels, ragged class sets.
 QUICK_INTERPRETED = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import json
 import os
 import pathlib
@@ -16,7 +15,6 @@ from dmsa_kernels import tuning
 from tests import offline
 
 pytest.importorskip("triton", reason="the offline compiler is Triton")
-WORKERS = 2
 SPILLING = {
     ("propagate_fwd fast (1, 2, 4, 8, 12, 24) Config(block_h=8, block_w=32, num_warps=8)", "sm_120"),
     ("propagate_fwd fast (1, 2, 4, 8, 12, 24, 32, 64) Config(block_h=8, block_w=32, num_warps=8)", "sm_120"),
@@ -48,12 +46,6 @@ def compiled(cache: pathlib.Path, *shares: Sequence[str]) -> list[dict]:
     return found
 
 
-@pytest.fixture(scope="module")
-def reports(tmp_path_factory) -> list[dict]:
-    """Every case for every target."""
-    return compiled(tmp_path_factory.mktemp("triton"), *(["--share", f"{index}/{WORKERS}"] for index in range(WORKERS)))
-
-
 def test_a_kernel_of_each_family_compiles(tmp_path):
     shares = (["--targets", "sm_90", "--match", name] for name in SMALLEST)
     found = compiled(tmp_path, *shares)
@@ -62,33 +54,25 @@ def test_a_kernel_of_each_family_compiles(tmp_path):
 
 
 @pytest.mark.slow
-def test_no_kernel_spills(reports):
+@pytest.mark.parametrize("target", offline.TARGETS)
+def test_every_case_of_a_target(target, tmp_path):
+    """No spills but the listed ones; taps in loads of 16 bytes; every configuration that can be chosen on the first."""
+    found = compiled(tmp_path, ["--targets", target])
+    assert len(found) >= 15
+    if target == offline.TARGETS[0]:
+        for kernel, candidates in tuning._CONFIGS.items():
+            for config in candidates:
+                assert any(kernel in r["case"] and str(config) in r["case"] for r in found), (kernel, config)
+    if not target.startswith("sm_"):
+        return
     spilling = {
-        (r["case"], r["target"]): f"{r['registers']} registers, {r['stack']} bytes of stack, {r['spills']} spills"
-        for r in reports
-        if r["target"].startswith("sm_") and (r["stack"] or r["spills"])
+        (r["case"], target): f"{r['registers']} registers, {r['stack']} bytes of stack, {r['spills']} spills"
+        for r in found
+        if r["stack"] or r["spills"]
     }
-    assert set(spilling) == SPILLING, spilling
-
-
-@pytest.mark.slow
-def test_every_target_is_compiled(reports):
-    targets = collections.Counter(r["target"] for r in reports)
-    assert set(targets) == set(offline.TARGETS)
-    assert all(count >= 15 for count in targets.values()), targets
-
-
-@pytest.mark.slow
-def test_every_configuration_is_compiled(reports):
-    compiled = [r["case"] for r in reports if r["target"] == "sm_90"]
-    for kernel, candidates in tuning._CONFIGS.items():
-        for config in candidates:
-            assert any(kernel in case and str(config) in case for case in compiled), (kernel, config)
-
-
-@pytest.mark.slow
-def test_taps_are_loaded_sixteen_bytes_at_a_time(reports):
-    for report in reports:
-        if report["case"].startswith(("propagate_fwd exact (", "propagate_fwd fast (")) and "sm_" in report["target"]:
-            taps = 8 * (report["case"].split("(")[1].split(")")[0].rstrip(",").count(",") + 1)
-            assert report["loads"].get("128", 0) >= taps, report
+    assert set(spilling) == {case for case in SPILLING if case[1] == target}, spilling
+    held = [r for r in found if r["case"].startswith(("propagate_fwd exact (", "propagate_fwd fast ("))]
+    assert held
+    for report in held:
+        taps = 8 * (report["case"].split("(")[1].split(")")[0].rstrip(",").count(",") + 1)
+        assert report["loads"].get("128", 0) >= taps, report
