@@ -65,7 +65,7 @@ NAMES = {
     r"--name NAME": "--name voc",
     r"--images FOLDER": "--images photos",
     r"--checkpoint RUN\b": "--checkpoint runs/shapes",
-    r"--nproc_per_node=(8|N)\b": "--nproc_per_node=2",
+    r"--nproc_per_node=(8|N|6(?=.*--preset))\b": "--nproc_per_node=2",  # six start in the lines without a preset
     r" \.\.\.$": "",
 }
 """Name in a command → what it is called here."""
