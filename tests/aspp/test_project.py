@@ -110,6 +110,13 @@ def test_without_bias_and_offset_and_with_an_expanded_gradient(backend):
     check((x, weight, projection, None, None), [1, 3], backend, grad=None)
 
 
+@needs_interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_more_branches_than_a_launch_takes(dtype):
+    rates = [1, 2, 1, 3, 5, 1, 2, 4, 3]
+    check(make_all((1, 2, 6, 5), rates, 3, dtype=dtype), rates, "triton")
+
+
 @pytest.mark.slow
 @needs_interpreter
 def test_several_blocks_of_output_channels(monkeypatch):

@@ -53,6 +53,13 @@ def test_large_filters(k):
     check(x, weight, [1, 2], bias, "concat", "triton")
 
 
+@pytest.mark.parametrize(("reduce", "dtype"), [("concat", torch.float32), ("sum", torch.bfloat16)])
+def test_more_branches_than_a_launch_takes(reduce, dtype):
+    rates = [1, 2, 1, 3, 5, 1, 2, 4, 3, 2]
+    x, weight, bias = make((1, 2, 6, 5), rates, dtype=dtype, layout="tokens" if reduce == "sum" else "nchw")
+    check(x, weight, rates, bias, reduce, "triton")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("reduce", REDUCTIONS)
 @pytest.mark.parametrize("layout", ["nchw", "tokens"])
@@ -107,11 +114,12 @@ def test_wide_offsets_are_used_where_one_image_passes_2_to_the_31():
 
 def test_one_kernel_serves_every_dilation_set():
     """Triton compiles anew for the value 1 and for multiples of 16; a launch has neither."""
-    from dmsa_kernels.aspp.triton.forward import launch_dilations
+    from dmsa_kernels.aspp.triton.forward import dilation_arguments, launch_dilations
 
     launched = launch_dilations(range(1, 65), 40)
     assert [value >> 1 for value in launched] == [min(dilation, 40) for dilation in range(1, 65)]
     assert all(value > 1 and value % 16 for value in launched)
+    assert dilation_arguments(launched[:3]) == {f"d_{r}": (3, 5, 7)[min(r, 2)] for r in range(8)}
 
 
 def test_empty_batch():

@@ -13,17 +13,37 @@ from dmsa_kernels import plans
 from dmsa_kernels.aspp.launch import Plan, weight_plan
 from dmsa_kernels.aspp.layout import empty_map, in_layout_of, is_channels_last
 from dmsa_kernels.aspp.triton.forward import (
+    _dilation,
     _inside,
     _load,
     _map_offsets,
     _shift,
     _tile_pixels,
+    dilation_arguments,
+    from_branch,
     launch_dilations,
     launch_gather,
+    launches_of,
     needs_wide_offsets,
     tap_major,
 )
 from dmsa_kernels.tuning import OfflineCase
+
+
+@triton.jit
+def _added(n: tl.constexpr, product, s_0, s_1, s_2, s_3, s_4, s_5, s_6, s_7, s_8):
+    """Return the running sums with ``product`` added to the n-th; Triton's tuples of tensors are younger than 3.0."""
+    return (
+        s_0 + product if n == 0 else s_0,
+        s_1 + product if n == 1 else s_1,
+        s_2 + product if n == 2 else s_2,
+        s_3 + product if n == 3 else s_3,
+        s_4 + product if n == 4 else s_4,
+        s_5 + product if n == 5 else s_5,
+        s_6 + product if n == 6 else s_6,
+        s_7 + product if n == 7 else s_7,
+        s_8 + product if n == 8 else s_8,
+    )
 
 
 @triton.jit(do_not_specialize=["batch", "tiles_each"])
@@ -32,7 +52,14 @@ def dwconv_bwd_w_kernel(
     x_ptr,
     grad_w_ptr,  # [S, R, k, k, C] float32
     grad_bias_ptr,  # [S, R, C] float32
-    dilations,  # of launch_dilations
+    d_0,  # of launch_dilations
+    d_1,
+    d_2,
+    d_3,
+    d_4,
+    d_5,
+    d_6,
+    d_7,
     batch,
     channels,
     height,
@@ -69,19 +96,23 @@ def dwconv_bwd_w_kernel(
     i_r = (pid // groups) % R
     i_c = (pid // (groups * R)) % blocks
     split = pid // (groups * R * blocks)
-    dilation = dilations[0]
-    for r in tl.static_range(1, R):
-        dilation = tl.where(i_r == r, dilations[r], dilation)
-    dilation = dilation >> 1
+    dilation = _dilation(i_r, R, d_0, d_1, d_2, d_3, d_4, d_5, d_6, d_7)
     pixels = height * width
     tiles = tl.cdiv(pixels, BLOCK_P)
     o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < channels
     grad_ptr += i_r.to(tl.int64) * stride_grad_r
-    sums = ()
-    for _tap in tl.static_range(ROWS * K):
-        sums = sums + (tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32),)  # noqa: RUF005 Triton knows no unpacking
     bias_sum = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
+    # Up to 9 sums, whose names a loop over the taps cannot form; the compiler drops those that stay 0.
+    s_0 = bias_sum
+    s_1 = bias_sum
+    s_2 = bias_sum
+    s_3 = bias_sum
+    s_4 = bias_sum
+    s_5 = bias_sum
+    s_6 = bias_sum
+    s_7 = bias_sum
+    s_8 = bias_sum
     t = 0
     while t < tiles_each:
         item = split * tiles_each + t
@@ -108,27 +139,25 @@ def dwconv_bwd_w_kernel(
                         some = i == 1 or _inside(last_row if i == 0 else first_row, height, dy, i - 1)
                         m_row = _inside(row, height, dy, i - 1)
                     if some:
-                        updated = ()
-                        for n in tl.static_range(ROWS * K):
-                            if n // K == i:
-                                dx = (n % K - K // 2) * dilation
-                                m_x = m_row
-                                if n % K != K // 2:
-                                    m_x = _inside(col, width, dx, n % K - K // 2)
-                                    if ROWS == 1 or i != 1:
-                                        m_x = m_x & m_row
-                                p_shifted = p_x + _shift(dy, dx, stride_x_h, stride_x_w, WIDE) + o_x
-                                # [P, C]
-                                b_x = _load(p_shifted, m_x, m_c, ROWS == 1 or n != 4, FULL_C)
-                                updated = updated + (sums[n] + b_g * b_x.to(tl.float32),)  # noqa: RUF005
-                            else:
-                                updated = updated + (sums[n],)  # noqa: RUF005
-                        sums = updated
+                        for j in tl.static_range(K):
+                            dx = (j - K // 2) * dilation
+                            m_x = m_row
+                            if j != K // 2:
+                                m_x = _inside(col, width, dx, j - K // 2)
+                                if ROWS == 1 or i != 1:
+                                    m_x = m_x & m_row
+                            p_shifted = p_x + _shift(dy, dx, stride_x_h, stride_x_w, WIDE) + o_x
+                            # [P, C]
+                            b_x = _load(p_shifted, m_x, m_c, ROWS == 1 or i * K + j != 4, FULL_C)
+                            s_0, s_1, s_2, s_3, s_4, s_5, s_6, s_7, s_8 = _added(
+                                i * K + j, b_g * b_x.to(tl.float32), s_0, s_1, s_2, s_3, s_4, s_5, s_6, s_7, s_8
+                            )
         t += 1
     if NEED_WEIGHT:
         p_w = grad_w_ptr + ((split * R + i_r).to(tl.int64) * K * K + i_group * ROWS * K) * channels
         for n in tl.static_range(ROWS * K):
-            tl.store(p_w + n * channels + o_c, tl.sum(sums[n], axis=0), mask=m_c)
+            taps = (s_0, s_1, s_2, s_3, s_4, s_5, s_6, s_7, s_8)[n]
+            tl.store(p_w + n * channels + o_c, tl.sum(taps, axis=0), mask=m_c)
     if NEED_BIAS and i_group == 0:
         p_bias = grad_bias_ptr + (split * R + i_r).to(tl.int64) * channels
         # Few values may cancel; in double precision only the running sums round.
@@ -163,9 +192,19 @@ def multi_dilation_dwconv_backward(
             0,
         )
     if need_weight or need_bias:
-        grad_weight, grad_bias = _parameter_gradients(
-            grad, branch_stride, x, weight, dilations, need_weight=need_weight, need_bias=need_bias
-        )
+        parts = [
+            _parameter_gradients(
+                from_branch(part.start, grad, branch_stride, channels),
+                branch_stride,
+                x,
+                weight[part],
+                dilations[part],
+                need_weight=need_weight,
+                need_bias=need_bias,
+            )
+            for part in launches_of(len(weight))
+        ]
+        grad_weight, grad_bias = map(torch.cat, zip(*parts)) if len(parts) > 1 else parts[0]
     return grad_x, grad_weight, grad_bias
 
 
@@ -227,7 +266,7 @@ def _weight_schedule(
         x_ptr=x,
         grad_w_ptr=grad if partial_w is None else partial_w,
         grad_bias_ptr=grad if partial_bias is None else partial_bias,
-        dilations=launched_dilations,
+        **dilation_arguments(launched_dilations),
         batch=batch,
         channels=channels,
         height=height,
@@ -291,7 +330,6 @@ def offline_cases() -> Iterator[OfflineCase]:
                         "x_ptr": name,
                         "grad_w_ptr": "*fp32",
                         "grad_bias_ptr": "*fp32",
-                        "dilations": ("i32",) * branches,
                     },
                     constants,
                     num_warps=plan.num_warps,

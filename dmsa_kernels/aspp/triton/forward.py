@@ -14,6 +14,8 @@ from dmsa_kernels.aspp.launch import gather_plan
 from dmsa_kernels.aspp.layout import empty_map, is_channels_last
 from dmsa_kernels.tuning import OfflineCase
 
+MOST_BRANCHES = 8  # of a launch: Triton before 3.3 takes no tuple of arguments, so every dilation has one of its own
+
 
 @triton.jit
 def _tile_pixels(tile, width, pixels, BLOCK_P: tl.constexpr):
@@ -72,6 +74,15 @@ def _load_channels(p, m_c, FULL_C: tl.constexpr):
         return tl.load(p).to(tl.float32)
     else:
         return tl.load(p, mask=m_c, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _dilation(r, R: tl.constexpr, d_0, d_1, d_2, d_3, d_4, d_5, d_6, d_7):
+    """Return the dilation of branch ``r``, of R, from the arguments that :func:`launch_dilations` makes."""
+    dilation = d_0
+    for n in tl.static_range(1, R):
+        dilation = tl.where(r == n, (d_0, d_1, d_2, d_3, d_4, d_5, d_6, d_7)[n], dilation)
+    return dilation >> 1
 
 
 @triton.jit
@@ -208,7 +219,14 @@ def dwconv_fwd_kernel(
     w_ptr,
     bias_ptr,
     y_ptr,
-    dilations,  # of launch_dilations
+    d_0,  # of launch_dilations
+    d_1,
+    d_2,
+    d_3,
+    d_4,
+    d_5,
+    d_6,
+    d_7,
     channels,
     height,
     width,
@@ -297,7 +315,7 @@ def dwconv_fwd_kernel(
                     o_c,
                     first_row,
                     last_row,
-                    dilations[r] >> 1,
+                    _dilation(r, R, d_0, d_1, d_2, d_3, d_4, d_5, d_6, d_7),
                     height,
                     width,
                     stride_x_h,
@@ -359,6 +377,23 @@ def launch_dilations(dilations: Sequence[int], farthest: int) -> tuple[int, ...]
     return tuple(2 * min(dilation, farthest) + 1 for dilation in dilations)
 
 
+def dilation_arguments(launched: Sequence[int]) -> dict[str, int]:
+    """Return the kernels' arguments ``d_0`` to ``d_7`` for the result of :func:`launch_dilations`; the last repeats."""
+    return {f"d_{r}": launched[min(r, len(launched) - 1)] for r in range(MOST_BRANCHES)}
+
+
+def launches_of(branches: int) -> list[slice]:
+    """Return the branches of each launch, at most :data:`MOST_BRANCHES`."""
+    return [slice(first, min(first + MOST_BRANCHES, branches)) for first in range(0, branches, MOST_BRANCHES)]
+
+
+def from_branch(index: int, joined: Tensor, branch_stride: int, channels: int) -> Tensor:
+    """Return branch ``index`` ``[B, channels, H, W]`` of maps that lie ``branch_stride`` elements apart."""
+    batch, _, height, width = joined.shape
+    offset = joined.storage_offset() + index * branch_stride
+    return joined.as_strided((batch, channels, height, width), joined.stride(), offset)
+
+
 def launch_gather(
     source: Tensor,
     source_branch_stride: int,
@@ -379,10 +414,41 @@ def launch_gather(
         out: the first branch's output, the shape of the source.
         out_branch_stride: elements from one branch's output to the next, 0 to sum the branches up.
     """
-    if out.numel():
+    if len(dilations) > MOST_BRANCHES:
+        _launch_in_parts(source, source_branch_stride, filters, bias, dilations, out, out_branch_stride)
+    elif out.numel():
         tensors = (source, filters, None if bias is None else bias.contiguous(), out)
         launched = launch_dilations(dilations, max(out.shape[2:]))
         plans.run(_gather_schedule, tensors, source_branch_stride, launched, out_branch_stride)
+
+
+def _launch_in_parts(
+    source: Tensor,
+    source_branch_stride: int,
+    filters: Tensor,
+    bias: Tensor | None,
+    dilations: Sequence[int],
+    out: Tensor,
+    out_branch_stride: int,
+) -> None:
+    """Do what :func:`launch_gather` does for more branches than a launch takes; their sum is rounded once."""
+    channels = filters.shape[3]
+    total = torch.zeros_like(out, dtype=torch.float32) if out_branch_stride == 0 else None
+    for part in launches_of(len(dilations)):
+        target = from_branch(part.start, out, out_branch_stride, channels) if total is None else torch.empty_like(total)
+        launch_gather(
+            from_branch(part.start, source, source_branch_stride, channels),
+            source_branch_stride,
+            filters[part],
+            None if bias is None else bias[part],
+            dilations[part],
+            target,
+            out_branch_stride,
+        )
+        if total is not None:
+            total += target
+    if total is not None:
+        out.copy_(total)
 
 
 def _gather_schedule(
@@ -410,7 +476,7 @@ def _gather_schedule(
         w_ptr=filters,
         bias_ptr=filters if bias is None else bias,
         y_ptr=out,
-        dilations=launched_dilations,
+        **dilation_arguments(launched_dilations),
         channels=channels,
         height=height,
         width=width,
@@ -507,7 +573,7 @@ def _offline_case(
     return OfflineCase(
         f"dwconv_fwd {'sum' if joined else 'concat'} {name[1:]} {layout} k={kernel_size} {size}x{size} {plan}",
         dwconv_fwd_kernel,
-        {"x_ptr": name, "w_ptr": "*fp32", "bias_ptr": name, "y_ptr": name, "dilations": ("i32",) * branches},
+        {"x_ptr": name, "w_ptr": "*fp32", "bias_ptr": name, "y_ptr": name},
         constants,
         num_warps=plan.num_warps,
         every_target=every_target,

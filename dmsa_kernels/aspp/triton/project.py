@@ -14,11 +14,14 @@ from dmsa_kernels.aspp.launch import project_plan
 from dmsa_kernels.aspp.layout import empty_map, is_channels_last
 from dmsa_kernels.aspp.triton.forward import (
     _add_taps,
+    _dilation,
     _load_channels,
     _map_offsets,
     _shift,
     _tile_pixels,
+    dilation_arguments,
     launch_dilations,
+    launches_of,
     needs_wide_offsets,
     tap_major,
 )
@@ -33,7 +36,14 @@ def dwconv_project_fwd_kernel(
     projection_ptr,  # [R, C, O]
     offset_ptr,  # [B, O]
     y_ptr,
-    dilations,  # of launch_dilations
+    d_0,  # of launch_dilations
+    d_1,
+    d_2,
+    d_3,
+    d_4,
+    d_5,
+    d_6,
+    d_7,
     channels,
     out_channels,
     height,
@@ -86,9 +96,6 @@ def dwconv_project_fwd_kernel(
         o_x = _map_offsets(row, col, o_c, stride_x_h, stride_x_w, stride_x_c, WIDE)
         # A loop, not unrolled: the branches differ in numbers alone.
         for r in tl.range(0, R, num_stages=1):
-            dilation = dilations[0]
-            for n in tl.static_range(1, R):
-                dilation = tl.where(r == n, dilations[n], dilation)
             branch = _add_taps(
                 tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32),
                 x_ptr,
@@ -100,7 +107,7 @@ def dwconv_project_fwd_kernel(
                 o_c,
                 first_row,
                 last_row,
-                dilation >> 1,
+                _dilation(r, R, d_0, d_1, d_2, d_3, d_4, d_5, d_6, d_7),
                 height,
                 width,
                 stride_x_h,
@@ -130,10 +137,37 @@ def dwconv_project_fwd_kernel(
 
 
 def fused_dwconv_project(
-    x: Tensor, weight: Tensor, bias: Tensor | None, projection: Tensor, offset: Tensor | None, dilations: Sequence[int]
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    projection: Tensor,
+    offset: Tensor | None,
+    dilations: Sequence[int],
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Compute ``[B, O, H, W]`` from ``x [B, C, H, W]``, in one launch."""
-    out = empty_map(x, projection.shape[0])
+    """Compute ``[B, O, H, W]`` from ``x [B, C, H, W]``, in one launch for up to eight branches.
+
+    The result is of ``dtype``, by default that of ``x``.
+    """
+    parts = launches_of(len(dilations))
+    if len(parts) > 1:
+        blocks = projection.unflatten(1, (len(dilations), -1))  # [O, R, C]
+        total = torch.stack(
+            [
+                fused_dwconv_project(
+                    x,
+                    weight[part],
+                    None if bias is None else bias[part],
+                    blocks[:, part].flatten(1),
+                    None if part.start else offset,
+                    dilations[part],
+                    torch.float32,
+                )
+                for part in parts
+            ]
+        ).sum(0)
+        return empty_map(x, projection.shape[0], dtype).copy_(total)
+    out = empty_map(x, projection.shape[0], dtype)
     if out.numel() == 0:
         return out
     tensors = (
@@ -173,7 +207,7 @@ def _project_schedule(
         projection_ptr=projection,
         offset_ptr=filters if offset is None else offset,
         y_ptr=out,
-        dilations=launched_dilations,
+        **dilation_arguments(launched_dilations),
         channels=channels,
         out_channels=out_channels,
         height=height,
@@ -236,7 +270,6 @@ def offline_cases() -> Iterator[OfflineCase]:
                     {
                         **dict.fromkeys(("x_ptr", "bias_ptr", "projection_ptr", "offset_ptr", "y_ptr"), name),
                         "w_ptr": "*fp32",
-                        "dilations": ("i32",) * branches,
                     },
                     constants,
                     num_warps=plan.num_warps,
