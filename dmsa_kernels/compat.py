@@ -144,6 +144,13 @@ def warp_size(device: torch.device) -> int:
     return size if size is not None else 32 if torch.version.hip is None else 64
 
 
+def compute_capability(device: torch.device) -> tuple[int, int] | None:
+    """Return the CUDA compute capability of a device, or ``None`` where it has none."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None
+    return torch.cuda.get_device_capability(device)
+
+
 def direct_launch(compiled: Any, grid: int) -> Callable[[int, tuple], None] | None:
     """Return ``launch(stream, arguments)``, which repeats a launch of ``grid`` programs by Triton's C function.
 

@@ -333,6 +333,7 @@ class OfflineCase:
         constants: compile-time values, and arguments specialised to 1 such as a unit stride.
         num_warps: warps of a program.
         every_target: compile for all GPUs; False for one more configuration of a case that is compiled for all.
+        but_for: targets on which nothing is launched like this.
     """
 
     name: str
@@ -341,3 +342,4 @@ class OfflineCase:
     constants: dict[str, object]
     num_warps: int = 4
     every_target: bool = True
+    but_for: tuple[str, ...] = ()

@@ -113,7 +113,9 @@ def main(argv: list[str]) -> None:
     listed = list(cases(arguments.match))
     if arguments.each:  # the last one: the longest dilation list of those that are compiled for every target
         listed = list({case.kernel: case for case in listed if case.every_target}.values())
-    work = [(c, t) for c in listed for t in arguments.targets if c.every_target or t == TARGETS[0]]
+    work = [
+        (c, t) for c in listed for t in arguments.targets if t not in c.but_for and (c.every_target or t == TARGETS[0])
+    ]
     for case, target in work[index::count]:
         try:
             report = compile_case(case, target)

@@ -91,7 +91,7 @@ class Driver:
 
         import dmsa_kernels.aspp.ops
         import dmsa_kernels.refine.ops
-        from dmsa_kernels import tuning
+        from dmsa_kernels import compat, tuning
 
         if l2_bytes is not None:
             tuning.plan_chunks.__defaults__ = (l2_bytes,)
@@ -122,6 +122,7 @@ class Driver:
                 self.set_current_device = lambda device: None
 
         driver.set_active(Stub())
+        compat.compute_capability = lambda device: divmod(stub.capability, 10)
         for ops in (dmsa_kernels.refine.ops, dmsa_kernels.aspp.ops):
             ops.resolve = lambda backend, *tensors: "triton"
 

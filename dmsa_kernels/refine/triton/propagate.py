@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dmsa_kernels import plans, tuning
+from dmsa_kernels import compat, plans, tuning
 from dmsa_kernels.refine.triton.common import LAUNCH, OFFLINE_DILATIONS, TAP_X, TAP_Y, needs_int64
 
 # Weights a thread can hold in registers; longer dilation lists read them again for every channel group.
@@ -331,10 +331,15 @@ def holds_weights(neighbours: int) -> bool:
     return neighbours <= MAX_HELD_NEIGHBOURS
 
 
-def plane_width(channels: int, dtype: torch.dtype, neighbours: int, has_valid: bool) -> int:
-    """Return the channels of a group; flags of eight take the last registers that many weights leave."""
+def plane_width(channels: int, dtype: torch.dtype, neighbours: int, has_valid: bool, device: torch.device) -> int:
+    """Return the channels of a group.
+
+    Flags of eight take the last registers that many weights leave, and the compiler's code for compute capability 12
+    takes them without flags.
+    """
     width = tuning.plane_width(channels, dtype.itemsize)
-    return 4 if width == 8 and has_valid and neighbours > 32 else width
+    crowded = has_valid or (compat.compute_capability(device) or (0,))[0] == 12
+    return 4 if width == 8 and crowded and neighbours > 32 else width
 
 
 def is_plane(masks: Tensor, valid: Tensor | None, width: int, dtype: torch.dtype) -> bool:
@@ -550,7 +555,7 @@ def _schedule(
 ) -> None:
     dtype = plane_dtype(weights)
     batch, channels, _, _ = masks.shape
-    width = plane_width(channels, dtype, weights.shape[1], valid_classes is not None)
+    width = plane_width(channels, dtype, weights.shape[1], valid_classes is not None, trace.device)
     images, chunk = chunks(weights, channels, width, dtype.itemsize, trace.device)
     buffers = Planes(trace, dtype)
     for n in range(0, batch, images):
@@ -605,7 +610,7 @@ def _labels_schedule(
     batch, channels, rows, columns = masks.shape
     # zero iterations compare the masks as they are, in a dtype that holds them exactly
     dtype = plane_dtype(weights) if num_iter else torch.float32
-    width = plane_width(channels, dtype, weights.shape[1], valid_classes is not None)
+    width = plane_width(channels, dtype, weights.shape[1], valid_classes is not None, trace.device)
     images, chunk = chunks(weights, channels, width, dtype.itemsize, trace.device)
     blocks = triton.cdiv(rows * columns, BLOCK_PIXELS)
     buffers = Planes(trace, dtype)
@@ -643,7 +648,7 @@ def offline_cases() -> Iterator[tuning.OfflineCase]:
     """List the launches for compilation without a device."""
 
     def case(label: str, dilations: tuple[int, ...], config: tuning.Config, width: int, **constants: object):
-        planes, weights = ("*fp16", "*fp16") if width == 8 else ("*fp32", "*fp32")
+        planes, weights = ("*fp16", "*fp16") if width == 8 or "narrow" in label else ("*fp32", "*fp32")
         kernel = "propagate_bwd" if "ADJOINT" in constants else "propagate_fwd"
         return tuning.OfflineCase(
             f"{kernel} {label} {dilations} {config}",
@@ -672,6 +677,7 @@ def offline_cases() -> Iterator[tuning.OfflineCase]:
             | constants,
             num_warps=config.num_warps,
             every_target=not constants,
+            but_for=("sm_120",) if width == 8 and len(dilations) > 4 else (),
         )
 
     longest: dict[tuple[tuning.Config, int], tuple[int, ...]] = {}
@@ -680,6 +686,8 @@ def offline_cases() -> Iterator[tuning.OfflineCase]:
             default, *others = tuning.configs("propagate_fwd", neighbours=8 * len(dilations), width=width)
             yield case(label, dilations, default, width)
             longest |= {(config, width): dilations for config in others}
+        if len(dilations) > 4:
+            yield case("fast, narrow", dilations, default, 4)
         yield case("exact, one channel", dilations, default, 1)
     for (config, width), dilations in longest.items():  # the list that leaves a configuration least room
         yield case("tile", dilations, config, width, INT64=False)
