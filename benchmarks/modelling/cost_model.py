@@ -12,26 +12,25 @@ efficiency on a GPU, plus the launches. No number for a GPU on this page was mea
 from __future__ import annotations
 
 import argparse
-import itertools
+import functools
 import math
+import operator
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
-import numpy as np
-
-from benchmarks.measuring import cases
+from benchmarks.measuring.cases import CASES, SIX, RefineCase
 from benchmarks.measuring.results import RESULTS, Result, number, read_csv, result_files
 from benchmarks.modelling import gpus
+from benchmarks.modelling.fit import fit, measured
 from benchmarks.modelling.gpus import Gpu
+from benchmarks.reporting.tables import replace_between
+from dmsa.scoring.table import markdown
 from dmsa_kernels import tuning
 
 NOTES = Path(__file__).parents[1] / "NOTES.md"
 BEGIN, END = "<!-- cost model:begin -->", "<!-- cost model:end -->"
-
-
-# --- counts -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -51,117 +50,79 @@ class Cost:
     launches: int
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(*(a + b for a, b in zip(_values(self), _values(other), strict=True)))
+        return Cost(*map(sum, zip(astuple(self), astuple(other), strict=True)))
 
 
-def _values(cost: Cost) -> tuple[int, ...]:
-    return cost.floor_bytes, cost.device_bytes, cost.l2_bytes, cost.cache_bytes, cost.operations, cost.launches
+def affinity_cost(case: RefineCase, guide: int = 3) -> Cost:
+    """Affinity of a guide `[B, K, H, W]` in float32: K planes read, P weights written; two passes over the neighbours.
+
+    A thread keeps its samples: P·K neighbour loads. About 11 operations a neighbour and channel, as in the workload
+    table.
+    """
+    read = 4 * case.pixels * guide
+    loads = case.pixels * case.neighbours * guide
+    moved = read + 4 * case.pixels * case.neighbours
+    return Cost(read, moved, moved, 4 * loads, 11 * loads, 1)
 
 
-def affinity_cost(batch: int, height: int, width: int, neighbours: int, guide: int = 3, itemsize: int = 4) -> Cost:
-    """Affinity of a guide `[B, K, H, W]`: K planes read, P weights written; two passes over the neighbours."""
-    pixels = batch * height * width
-    read = pixels * guide * itemsize
-    # A thread keeps its samples: P·K neighbour loads. About 11 operations a neighbour and channel, as in the workload
-    # table.
-    loads = pixels * neighbours * guide
-    moved = read + 4 * pixels * neighbours
-    return Cost(read, moved, moved, loads * itemsize, 11 * loads, 1)
-
-
-def propagate_cost(
-    batch: int,
-    channels: int,
-    height: int,
-    width: int,
-    dilations: tuple[int, ...],
-    num_iter: int,
-    itemsize: int = 4,
-    l2_bytes: int = 40 << 20,
-) -> Cost:
-    """T iterations over masks `[B, C, H, W]`, in the chunks and tiles that the kernels take.
+def propagate_cost(case: RefineCase, l2_bytes: int = 40 << 20) -> Cost:
+    """T iterations over float32 masks `[B, C, H, W]`, in the chunks and tiles that the kernels take.
 
     Where a chunk's weights and its two planes fit into three quarters of the L2 cache, masks are read and written once
     and weights once a chunk. Otherwise every iteration passes device memory.
     """
-    neighbours = 8 * len(dilations)
-    pixels = batch * height * width
-    side = tuning.plane_width(channels, itemsize)
+    batch, channels, height, width = case.shape
+    neighbours, map_size = case.neighbours, height * width
+    side = tuning.plane_width(channels, 4)
     groups = -(-channels // side)
-    plane, weight = height * width * side * itemsize, height * width * neighbours * itemsize
-    images, some = tuning.plan_chunks(batch, groups, plane, weight, height * width * neighbours * side, l2_bytes)
+    plane, weight = 4 * map_size * side, 4 * map_size * neighbours
+    images, some = tuning.plan_chunks(batch, groups, plane, weight, map_size * neighbours * side, l2_bytes)
     chunks = -(-batch // images) * -(-groups // some)
-    step = tuning.plan_step("propagate_fwd", None, dilations, side, images, some, height, width)
-    masks, weights = pixels * channels * itemsize, pixels * neighbours * itemsize
+    step = tuning.plan_step("propagate_fwd", None, case.dilations, side, images, some, height, width)
+    masks, weights = 4 * case.pixels * channels, 4 * case.pixels * neighbours
     once = 2 * masks + weights * -(-groups // some)
     stays = images * (weight + 2 * some * plane) <= 0.75 * l2_bytes
-    met = tuning.distinct_taps(dilations, step.config.block_h, step.config.block_w)
-    from_l2 = pixels * groups * side * itemsize * (min(met, neighbours) + 1) + weights * -(-groups // step.groups_each)
-    packing = 0 if side == 1 and itemsize == 4 else 2
-    taps = pixels * channels * neighbours * num_iter
+    met = tuning.distinct_taps(case.dilations, step.config.block_h, step.config.block_w)
+    from_l2 = 4 * case.pixels * groups * side * (min(met, neighbours) + 1) + weights * -(-groups // step.groups_each)
+    loads = case.cache_bytes()
     return Cost(
         2 * masks,
-        once if stays else once * num_iter,
-        round(from_l2 * num_iter),
-        taps * itemsize,
-        2 * taps,
-        chunks * (num_iter + packing),
+        once if stays else once * case.num_iter,
+        round(from_l2 * case.num_iter),
+        loads,
+        loads // 2,  # a multiply-add for each load of four bytes
+        chunks * (case.num_iter + (0 if side == 1 else 2)),
     )
 
 
-def refine_cost(
-    batch: int,
-    channels: int,
-    height: int,
-    width: int,
-    dilations: tuple[int, ...],
-    num_iter: int,
-    itemsize: int = 4,
-    l2_bytes: int = 40 << 20,
-) -> Cost:
+def refine_cost(case: RefineCase, l2_bytes: int = 40 << 20) -> Cost:
     """Affinity and propagation; the weights between the two count as moved, not as floor."""
-    return affinity_cost(batch, height, width, 8 * len(dilations)) + propagate_cost(
-        batch, channels, height, width, dilations, num_iter, itemsize, l2_bytes
-    )
+    return affinity_cost(case) + propagate_cost(case, l2_bytes)
 
 
-def materialising_bytes(
-    batch: int, channels: int, height: int, width: int, neighbours: int, num_iter: int, itemsize: int = 4
-) -> int:
+def materialising_bytes(case: RefineCase) -> int:
     """Bytes that the implementation people paste moves: six passes over B·C·P·H·W in every iteration.
 
     One-hot shift convolutions write it, the concatenation reads and writes it, the product with the weights reads and
     writes it, the sum reads it.
     """
-    return 6 * num_iter * batch * channels * neighbours * height * width * itemsize
+    return 6 * case.num_iter * case.materialised_bytes()
 
 
-def dwconv_cost(
-    batch: int, channels: int, height: int, width: int, branches: int, kernel: int = 3, itemsize: int = 4
-) -> Cost:
-    """Multi-dilation depthwise convolution, forward: x read once, R outputs written once."""
+def dwconv_cost(batch: int, channels: int, height: int, width: int, branches: int, *, backward: bool = False) -> Cost:
+    """Multi-dilation depthwise 3 x 3 convolution in float32: x read once, R outputs written once.
+
+    Backward: R gradients and x are read once for the gradient of x and once for that of the weights, one is written.
+    """
     elements = batch * channels * height * width
-    moved = elements * (1 + branches) * itemsize
-    taps = elements * branches * kernel * kernel
-    return Cost(moved, moved, moved, taps * itemsize, 2 * taps, 1)
-
-
-def dwconv_backward_cost(
-    batch: int, channels: int, height: int, width: int, branches: int, kernel: int = 3, itemsize: int = 4
-) -> Cost:
-    """Its gradients: R gradients and x read once for the input's and once for the weights', one gradient written."""
-    elements = batch * channels * height * width
-    moved = elements * (2 * branches + 2) * itemsize
-    taps = 2 * elements * branches * kernel * kernel
-    return Cost(moved, moved, moved, taps * itemsize, 2 * taps, 3)
+    moved = 4 * elements * (2 * branches + 2 if backward else branches + 1)
+    taps = 9 * elements * branches * (2 if backward else 1)
+    return Cost(moved, moved, moved, 4 * taps, 2 * taps, 3 if backward else 1)
 
 
 def vit_operations(tokens: int, width: int = 384, blocks: int = 12) -> int:
     """Forward pass of ViT blocks on one image: 12 D^2 multiply-adds a token in the layers, 2 N D in the attention."""
     return blocks * (24 * tokens * width * width + 4 * tokens * tokens * width)
-
-
-# --- GPUs -------------------------------------------------------------------------------------------------------------
 
 
 GPUS = tuple(gpus.GPUS.values())
@@ -201,8 +162,6 @@ def bound_by(cost: Cost, gpu: Gpu) -> str:
     return max(found, key=found.__getitem__)
 
 
-REFINE_WORKLOADS = {case.name: (*case.shape, case.dilations, case.num_iter) for case in cases.CASES}
-"""Name to B, C, H, W, dilations, T."""
 ASPP_WORKLOADS = {
     # name: B, C, H, W, R
     "vit 20x20": (32, 384, 20, 20, 4),
@@ -212,92 +171,6 @@ ASPP_WORKLOADS = {
     "deeplabv3+": (4, 2048, 64, 64, 3),
     "smp": (8, 2048, 32, 32, 3),
 }
-
-
-# --- the fit to what was measured -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Fit:
-    """Seconds = call + operations · s_op + bytes · s_byte of one operator on one machine, and how well it predicts."""
-
-    operator: str
-    rows: int
-    constants: tuple[float, float, float]
-    median_error: float
-    """Median over the rows of |predicted / measured - 1|."""
-    worst_error: float
-    left_out_error: float
-    """Median of the same with the row left out of the fit."""
-    predictions: tuple[tuple[str, float, float], ...]
-    """Row name, measured and predicted seconds."""
-
-
-def non_negative_fit(features: np.ndarray, seconds: np.ndarray) -> np.ndarray:
-    """Minimise the relative squared error of `features @ x` against `seconds` over x >= 0.
-
-    There are three features, so every subset of them is tried.
-    """
-    scaled = features / seconds[:, None]
-    ones = np.ones(len(seconds))
-    best, least = np.zeros(features.shape[1]), math.inf
-    for count in range(1, features.shape[1] + 1):
-        for chosen in itertools.combinations(range(features.shape[1]), count):
-            # Columns differ by twenty orders of magnitude.
-            columns = scaled[:, chosen]
-            norms = np.linalg.norm(columns, axis=0)
-            if not norms.all():
-                continue
-            part = np.linalg.lstsq(columns / norms, ones, rcond=None)[0] / norms
-            if (part < 0).any():
-                continue
-            loss = float(((columns @ part - ones) ** 2).sum())
-            if loss < least:
-                best, least = np.zeros(features.shape[1]), loss
-                best[list(chosen)] = part
-    return best
-
-
-def measured(results: Iterable[Result]) -> dict[str, list[Result]]:
-    """Group our measured rows with known counts by operator: family, variant and number format."""
-    groups: dict[str, list[Result]] = {}
-    for result in results:
-        if result.ours and result.status == "ok" and result.operations > 0 and result.floor_bytes > 0:
-            groups.setdefault(f"{result.family} {result.variant}, {result.candidate}", []).append(result)
-    return groups
-
-
-def fit(operator: str, results: Sequence[Result]) -> Fit:
-    """Fit one operator's constants, and judge them on the rows themselves and on rows left out.
-
-    Raises:
-        ValueError: fewer than four rows.
-    """
-    if len(results) < 4:
-        raise ValueError(f"{operator}: {len(results)} rows, expected at least 4 for three constants")
-    features = np.array([[1.0, r.operations, r.floor_bytes] for r in results])
-    seconds = np.array([r.median_ms / 1e3 for r in results])
-    constants = non_negative_fit(features, seconds)
-    predicted = features @ constants
-    left_out = []
-    for i in range(len(results)):
-        rest = np.arange(len(results)) != i
-        left_out.append(abs(features[i] @ non_negative_fit(features[rest], seconds[rest]) / seconds[i] - 1))
-    error = np.abs(predicted / seconds - 1)
-    return Fit(
-        operator,
-        len(results),
-        tuple(constants.tolist()),
-        float(np.median(error)),
-        float(error.max()),
-        float(np.median(left_out)),
-        tuple(
-            (f"{r.workload} {r.shape}", float(a), float(b)) for r, a, b in zip(results, seconds, predicted, strict=True)
-        ),
-    )
-
-
-# --- the paper's run --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -336,42 +209,27 @@ BANK_WINDOWS, BANK_KEPT = 142, 0.6
 class RunPrediction:
     """Hours of the paper's COCO run by part, of all epochs together."""
 
-    classes: int
-    cluster: Cluster
-    bank: float
-    network: float
-    refinement: float
-    launches: float
-    all_reduce: float
-    data: float
-    evaluation: float
+    hours: dict[str, float]
 
     @property
     def step(self) -> float:
         """Hours of the steps: the host launches while the device computes, the loader works beside both."""
-        return max(self.network + self.refinement, self.launches, self.data) + self.all_reduce
+        h = self.hours
+        return max(h["network"] + h["refinement"], h["launches"], h["data"]) + h["all-reduce"]
 
     @property
     def total(self) -> float:
-        return self.bank + self.step + self.evaluation
+        return self.hours["bank"] + self.step + self.hours["evaluation"]
 
     @property
     def dominant(self) -> str:
-        parts = {
-            "network": self.network,
-            "refinement": self.refinement,
-            "launches": self.launches,
-            "data loading": self.data,
-            "feature bank": self.bank,
-            "all-reduce": self.all_reduce,
-        }
-        # What is hidden behind a longer part costs nothing.
-        if max(self.launches, self.data) <= self.network + self.refinement:
-            parts["launches"] = parts["data loading"] = 0.0
-        else:
-            parts["network"] = parts["refinement"] = 0.0
-            parts["launches" if self.launches < self.data else "data loading"] = 0.0
-        return max(parts, key=parts.__getitem__)
+        """The longest part of a training run; what is hidden behind a longer one costs nothing."""
+        h = self.hours
+        beside = {"network": h["network"] + h["refinement"], "launches": h["launches"], "data": h["data"]}
+        longest = max(beside, key=beside.__getitem__)
+        shown = ["network", "refinement"] if longest == "network" else [longest]
+        part = max([*shown, "bank", "all-reduce"], key=h.__getitem__)
+        return {"bank": "feature bank", "data": "data loading"}.get(part, part)
 
 
 def loader_rate(files: Sequence[tuple[str, Sequence[Result]]]) -> float:
@@ -387,7 +245,7 @@ def loader_rate(files: Sequence[tuple[str, Sequence[Result]]]) -> float:
 
 def predict_run(classes: int, cluster: Cluster, images_per_worker_s: float = IMAGES_PER_WORKER_S) -> RunPrediction:
     """Predict the hours of the paper's COCO run, networks in bfloat16, with `classes` channels to refine."""
-    gpu, hour = cluster.gpu, 3600.0
+    gpu = cluster.gpu
     rate = MATRIX_EFFICIENCY * gpu.bf16_flops
     steps = math.ceil(COCO_IMAGES / BATCH)
     share = math.ceil(BATCH / cluster.count)  # the largest one: the others wait for it
@@ -399,66 +257,72 @@ def predict_run(classes: int, cluster: Cluster, images_per_worker_s: float = IMA
         + 4 * vit_operations(CROP_TOKENS + classes, blocks=2)
     )
     network = EPOCHS * steps * share * image_operations / rate
-    cost = refine_cost(share, classes, 80, 80, cases.SIX, 10, l2_bytes=gpu.l2_bytes)
+    cost = refine_cost(RefineCase("step", share, classes, 80, 80, SIX, 10), gpu.l2_bytes)
     refinement = EPOCHS * steps * predicted_seconds(cost, gpu)
     ring = 2 * (cluster.count - 1) / cluster.count * 4 * TRAINABLE_PARAMETERS / (cluster.allreduce_gb_per_s * 1e9)
     crops = BANK_WINDOWS * BANK_KEPT
     bank = COCO_IMAGES * (vit_operations(BANK_TOKENS) + crops * vit_operations(VAL_TOKENS)) / (rate * cluster.count)
     evaluation = EPOCHS * COCO_VAL * vit_operations(VAL_TOKENS) * 1.2 / (rate * cluster.count)
     loaded = EPOCHS * COCO_IMAGES / (cluster.count * cluster.loader_workers * images_per_worker_s)
-    return RunPrediction(
-        classes=classes,
-        cluster=cluster,
-        bank=bank / hour,
-        network=network / hour,
-        refinement=refinement / hour,
-        launches=EPOCHS * steps * LAUNCHES_A_STEP * LAUNCH_S / hour,
-        all_reduce=EPOCHS * steps * ring / hour,
-        data=loaded / hour,
-        evaluation=evaluation / hour,
-    )
-
-
-# --- the page ---------------------------------------------------------------------------------------------------------
+    seconds = {
+        "bank": bank,
+        "network": network,
+        "refinement": refinement,
+        "launches": EPOCHS * steps * LAUNCHES_A_STEP * LAUNCH_S,
+        "data": loaded,
+        "all-reduce": EPOCHS * steps * ring,
+        "evaluation": evaluation,
+    }
+    return RunPrediction({part: spent / 3600.0 for part, spent in seconds.items()})
 
 
 def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
-    rows = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return [*rows, *("| " + " | ".join(line) + " |" for line in lines), ""]
+    return [*markdown([head, *lines]), ""]
 
 
 def _milliseconds(seconds: float) -> str:
     return number(1e3 * seconds, 2)
 
 
-def _operator_lines(workloads: dict[str, tuple], cost: Callable[..., Cost]) -> Iterable[list[str]]:
-    for name, sizes in workloads.items():
-        costs = [cost(gpu, *sizes) for gpu in GPUS]
-        shown = costs[GPUS.index(SHOWN)]
-        yield [
-            name,
-            ", ".join(map(str, sizes)),
-            number(shown.floor_bytes / 1e6),
-            number(shown.cache_bytes / 1e9),
-            number(shown.l2_bytes / 1e9),
-            number(shown.operations / 1e9),
-            str(shown.launches),
-            *(_milliseconds(predicted_seconds(c, gpu)) for c, gpu in zip(costs, GPUS, strict=True)),
-            bound_by(shown, SHOWN),
-        ]
+def _operator_table(
+    title: str, letters: str, workloads: Iterable[tuple[str, tuple, Callable[[Gpu], Cost]]]
+) -> list[str]:
+    """Return the counts and predictions of workloads: each a name, its sizes, and its cost on a GPU."""
+    counts = ["floor, MB", "L1 loads, GB", "L2, GB", "GFLOP", "launches"]
+    head = [title, letters, *counts, *(f"{gpu.name}, ms" for gpu in GPUS), "bound by (H200)"]
+    return _table(head, (_operator_line(*workload) for workload in workloads))
+
+
+def _operator_line(name: str, sizes: tuple, cost: Callable[[Gpu], Cost]) -> list[str]:
+    costs = [cost(gpu) for gpu in GPUS]
+    shown = costs[GPUS.index(SHOWN)]
+    return [
+        name,
+        ", ".join(map(str, sizes)),
+        number(shown.floor_bytes / 1e6),
+        number(shown.cache_bytes / 1e9),
+        number(shown.l2_bytes / 1e9),
+        number(shown.operations / 1e9),
+        str(shown.launches),
+        *(_milliseconds(predicted_seconds(c, gpu)) for c, gpu in zip(costs, GPUS, strict=True)),
+        bound_by(shown, SHOWN),
+    ]
+
+
+def _section(title: str, text: str = "") -> list[str]:
+    return [f"### {title}", "", *([text, ""] if text else [])]
 
 
 def page(files: Sequence[tuple[str, Sequence[Result]]]) -> str:
     """Return the text between the markers of NOTES.md."""
-    lines = ["### Rates used", ""]
-    lines += [
+    lines = _section(
+        "Rates used",
         "From public datasheets and architecture papers, except for L2, which is assumed (of MI300X: its Infinity "
         "Cache), and an H100's clock (sustained). Assumed: "
         f"kernels reach {KERNEL_EFFICIENCY:.0%} of the tighter ceiling (the "
         f"target), a launch takes {LAUNCH_S * 1e6:.0f} us, PyTorch's elementwise kernels reach "
         f"{LIBRARY_EFFICIENCY:.0%} of the bandwidth, the ViT's layers {MATRIX_EFFICIENCY:.0%} of the matrix rate.",
-        "",
-    ]
+    )
     lines += _table(
         ["GPU", "memory, GB/s", "L2, GB/s", "L1, GB/s", "L1 from", "fp32, TFLOP/s", "bf16 matrix, TFLOP/s", "L2, MB"],
         (
@@ -475,12 +339,11 @@ def page(files: Sequence[tuple[str, Sequence[Result]]]) -> str:
             for g in GPUS
         ),
     )
-    names = [f"{gpu.name}, ms" for gpu in GPUS]
-    counts = ["floor, MB", "L1 loads, GB", "L2, GB", "GFLOP", "launches"]
-    lines += ["### Refinement: counts and predictions (float32; nothing here was measured)", ""]
-    lines += _table(
-        ["workload", "B,C,H,W,dilations,T", *counts, *names, "bound by (H200)"],
-        _operator_lines(REFINE_WORKLOADS, lambda gpu, *sizes: refine_cost(*sizes, l2_bytes=gpu.l2_bytes)),
+    lines += _section("Refinement: counts and predictions (float32; nothing here was measured)")
+    lines += _operator_table(
+        "workload",
+        "B,C,H,W,dilations,T",
+        ((c.name, (*c.shape, c.dilations, c.num_iter), lambda gpu, c=c: refine_cost(c, gpu.l2_bytes)) for c in CASES),
     )
     lines += [
         "The implementation that is pasted from repository to repository moves six passes over B·C·P·H·W elements in "
@@ -489,46 +352,45 @@ def page(files: Sequence[tuple[str, Sequence[Result]]]) -> str:
     ]
     lines += _table(
         ["workload", *[gpu.name for gpu in GPUS]],
-        ([name, *(_materialising(gpu, sizes) for gpu in GPUS)] for name, sizes in REFINE_WORKLOADS.items()),
+        ([case.name, *(_materialising(gpu, case) for gpu in GPUS)] for case in CASES),
     )
-    lines += ["### Depthwise convolution: counts and predictions (float32, 3x3; nothing here was measured)", ""]
-    lines += _table(
-        ["workload, forward", "B,C,H,W,R", *counts, *names, "bound by (H200)"],
-        _operator_lines(ASPP_WORKLOADS, lambda gpu, *sizes: dwconv_cost(*sizes)),
-    )
-    lines += _table(
-        ["workload, forward + backward", "B,C,H,W,R", *counts, *names, "bound by (H200)"],
-        _operator_lines(ASPP_WORKLOADS, lambda gpu, *sizes: dwconv_cost(*sizes) + dwconv_backward_cost(*sizes)),
-    )
+    lines += _section("Depthwise convolution: counts and predictions (float32, 3x3; nothing here was measured)")
+    for title, passes in (("forward", (False,)), ("forward + backward", (False, True))):
+        lines += _operator_table(
+            f"workload, {title}",
+            "B,C,H,W,R",
+            (
+                (name, sizes, lambda _, z=sizes, n=passes: _total(dwconv_cost(*z, backward=b) for b in n))
+                for name, sizes in ASPP_WORKLOADS.items()
+            ),
+        )
     lines += _fits(files)
     lines += _runs(loader_rate(files))
     return "\n".join(lines).rstrip()
 
 
-def _materialising(gpu: Gpu, sizes: tuple) -> str:
-    batch, channels, height, width, dilations, num_iter = sizes
-    neighbours = 8 * len(dilations)
+def _total(costs: Iterable[Cost]) -> Cost:
+    return functools.reduce(operator.add, costs)
+
+
+def _materialising(gpu: Gpu, case: RefineCase) -> str:
     # Product and concatenation exist together, and the convolutions' results until the concatenation is done.
-    if 2 * 4 * batch * channels * neighbours * height * width > gpu.memory_bytes:
+    if 2 * case.materialised_bytes() > gpu.memory_bytes:
         return "out of memory"
     # A pad and a convolution for each dilation, then concatenation, product and sum.
-    launches = num_iter * (2 * len(dilations) + 3) * LAUNCH_S
-    seconds = materialising_bytes(batch, channels, height, width, neighbours, num_iter)
-    seconds = max(seconds / (LIBRARY_EFFICIENCY * gpu.memory_bytes_per_s), launches)
-    ours = predicted_seconds(refine_cost(*sizes, l2_bytes=gpu.l2_bytes), gpu)
+    launches = case.num_iter * (2 * len(case.dilations) + 3) * LAUNCH_S
+    seconds = max(materialising_bytes(case) / (LIBRARY_EFFICIENCY * gpu.memory_bytes_per_s), launches)
+    ours = predicted_seconds(refine_cost(case, gpu.l2_bytes), gpu)
     return f"{_milliseconds(seconds)} ms, {number(seconds / ours, 2)}x"
 
 
 def _fits(files: Sequence[tuple[str, Sequence[Result]]]) -> list[str]:
-    lines = ["### The model against what was measured", ""]
-    lines += [
+    lines = _section(
+        "The model against what was measured",
         "Seconds = constant a call + operations x s + floor bytes x s, not negative, fitted to the relative error. The "
         "last column predicts each row from a fit without it.",
-        "",
-    ]
+    )
     for stem, results in files:
-        if not results:
-            continue
         fits = [fit(name, rows) for name, rows in measured(results).items() if len(rows) >= 4]
         if not fits:
             continue
@@ -538,13 +400,10 @@ def _fits(files: Sequence[tuple[str, Sequence[Result]]]) -> list[str]:
             (
                 [
                     item.operator,
-                    str(item.rows),
+                    str(len(item.predictions)),
                     number(1e6 * item.constants[0], 2),
-                    number(1e-9 / item.constants[1], 2) if item.constants[1] else "no term",
-                    number(1e-9 / item.constants[2], 2) if item.constants[2] else "no term",
-                    f"{item.median_error:.0%}",
-                    f"{item.worst_error:.0%}",
-                    f"{item.left_out_error:.0%}",
+                    *(number(1e-9 / constant, 2) if constant else "no term" for constant in item.constants[1:]),
+                    *(f"{error:.0%}" for error in (item.median_error, item.worst_error, item.left_out_error)),
                 ]
                 for item in fits
             ),
@@ -561,52 +420,33 @@ def _fits(files: Sequence[tuple[str, Sequence[Result]]]) -> list[str]:
 
 
 def _runs(loaded: float) -> list[str]:
-    lines = ["### The paper's COCO run, predicted", ""]
-    lines += [
+    runs = [
+        (preset, cluster, predict_run(classes, cluster, loaded))
+        for preset, classes in (("coco_stuff27", 27), ("coco80", 81))
+        for cluster in CLUSTERS
+    ]
+    lines = _section(
+        "The paper's COCO run, predicted",
         f"{COCO_IMAGES:,} images, {EPOCHS} epochs, global batch {BATCH}, ViT-S/8 at 160 px, networks in bfloat16, "
         f"{EPOCHS} evaluations of {COCO_VAL:,} images at 320 px, feature bank once. Hours by part; a step takes the "
         "largest of network + refinement, launches and data, plus the all-reduce. Assumed: "
         f"{LAUNCHES_A_STEP:,} launches a step, {loaded:.0f} samples a second and loader process "
         f"({CLUSTERS[0].loader_workers} for each GPU), {BANK_KEPT:.0%} of the bank's windows kept, all-reduce at "
         f"{', '.join(f'{c.allreduce_gb_per_s:g} GB/s ({c.count} x {c.gpu.name})' for c in CLUSTERS)}.",
-        "",
-    ]
-    lines += _table(
-        [
-            "preset",
-            "GPUs",
-            "bank",
-            "network",
-            "refinement",
-            "launches",
-            "data",
-            "all-reduce",
-            "evaluation",
-            "total, hours",
-            "dominated by",
-        ],
+    )
+    return lines + _table(
+        ["preset", "GPUs", *runs[0][2].hours, "total, hours", "dominated by"],
         (
-            [preset, f"{cluster.count} x {cluster.gpu.name}"]
-            + [number(value, 2) for value in (p.bank, p.network, p.refinement, p.launches, p.data, p.all_reduce)]
-            + [number(p.evaluation, 2), f"**{number(p.total, 2)}**", p.dominant]
-            for preset, classes in (("coco_stuff27", 27), ("coco80", 81))
-            for cluster in CLUSTERS
-            for p in (predict_run(classes, cluster, loaded),)
+            [
+                preset,
+                f"{cluster.count} x {cluster.gpu.name}",
+                *(number(hours, 2) for hours in run.hours.values()),
+                f"**{number(run.total, 2)}**",
+                run.dominant,
+            ]
+            for preset, cluster, run in runs
         ),
     )
-    return lines
-
-
-def replace_between(text: str, section: str) -> str:
-    """Return `text` with what is between the markers replaced.
-
-    Raises:
-        ValueError: the markers are missing or out of order.
-    """
-    begin, end = text.find(BEGIN), text.find(END)
-    if begin < 0 or end < begin:
-        raise ValueError(f"NOTES.md must hold the lines {BEGIN} and {END}, in this order, where the page belongs")
-    return text[: begin + len(BEGIN)] + "\n" + section + "\n" + text[end:]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -626,7 +466,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(text)
         return 0
     before = arguments.notes.read_text(encoding="utf-8")
-    after = replace_between(before, text)
+    after = replace_between(before, text, "NOTES.md", (BEGIN, END))
     if arguments.check:
         if before != after:
             print("NOTES.md is not what the results give: run python -m benchmarks.modelling.cost_model --write")

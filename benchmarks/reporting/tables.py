@@ -136,13 +136,14 @@ def tables(files: Sequence[tuple[str, Sequence[Result]]], plot: str | None = Non
     return "\n".join(lines)
 
 
-def replace_between(text: str, section: str, where: str = "README.md") -> str:
+def replace_between(text: str, section: str, where: str = "README.md", markers: tuple[str, str] = (BEGIN, END)) -> str:
     """Return `text` with what is between the markers replaced.
 
     Raises:
         ValueError: the markers are missing or out of order.
     """
-    begin, end = text.find(BEGIN), text.find(END)
+    first, last = markers
+    begin, end = text.find(first), text.find(last)
     if begin < 0 or end < begin:
-        raise ValueError(f"{where} must hold the lines {BEGIN} and {END}, in this order, where the tables belong")
-    return text[: begin + len(BEGIN)] + "\n" + section.rstrip() + "\n" + text[end:]
+        raise ValueError(f"{where} must hold the lines {first} and {last}, in this order, where the tables belong")
+    return text[: begin + len(first)] + "\n" + section.rstrip() + "\n" + text[end:]

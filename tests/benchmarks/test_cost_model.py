@@ -7,25 +7,25 @@ import math
 import numpy as np
 import pytest
 
-from benchmarks.measuring import cases
+from benchmarks.measuring.cases import SIX, RefineCase
 from benchmarks.measuring.results import Result, write_csv
-from benchmarks.modelling import cost_model
+from benchmarks.modelling import cost_model, fit
 from benchmarks.modelling.cost_model import CLUSTERS, GPUS, Cost
 
 
 def test_counts_of_a_small_refinement_by_hand():
     # One pixel more than nothing: 1 image, 2 channels, 3x5 pixels, 8 neighbours, 4 iterations, float32.
-    cost = cost_model.propagate_cost(1, 2, 3, 5, (4,), 4)
+    case = RefineCase("small", 1, 2, 3, 5, (4,), 4)
+    cost = cost_model.propagate_cost(case)
     assert cost.floor_bytes == 4 * (2 * 2 * 15)
     assert cost.device_bytes == 4 * (2 * 2 * 15 + 8 * 15)
     assert cost.cache_bytes == 4 * (2 * 15 * 8 * 4)
     assert cost.operations == 2 * (2 * 15 * 8 * 4)
     assert cost.launches == 6  # two channels are packed and unpacked
-    affinity = cost_model.affinity_cost(1, 3, 5, 8)
+    affinity = cost_model.affinity_cost(case)
     assert affinity.device_bytes == 4 * (3 * 15 + 8 * 15)
-    total = cost_model.refine_cost(1, 2, 3, 5, (4,), 4)
+    total = cost_model.refine_cost(case)
     assert total == cost + affinity
-    case = cases.RefineCase("small", 1, 2, 3, 5, (4,), 4)
     assert total.floor_bytes == case.floor_bytes()
     assert total.operations == case.operations
     assert total.cache_bytes == case.cache_bytes() + affinity.cache_bytes
@@ -35,6 +35,9 @@ def test_counts_of_the_convolution_by_hand():
     cost = cost_model.dwconv_cost(2, 3, 4, 5, 4)
     assert cost.floor_bytes == 4 * (2 * 3 * 20) * 5
     assert cost.operations == 2 * (2 * 3 * 20) * 4 * 9
+    gradients = cost_model.dwconv_cost(2, 3, 4, 5, 4, backward=True)
+    assert gradients.floor_bytes == 4 * (2 * 3 * 20) * (2 * 4 + 2)
+    assert (gradients.operations, gradients.launches) == (2 * cost.operations, 3)
 
 
 def test_vit_operations_are_the_published_ones():
@@ -43,8 +46,8 @@ def test_vit_operations_are_the_published_ones():
 
 
 def test_what_does_not_fit_the_cache_passes_memory_every_iteration():
-    small = cost_model.propagate_cost(1, 8, 128, 128, cases.SIX, 10, l2_bytes=40 << 20)
-    large = cost_model.propagate_cost(1, 8, 2048, 2048, cases.SIX, 10, l2_bytes=40 << 20)
+    small = cost_model.propagate_cost(RefineCase("small", 1, 8, 128, 128, SIX, 10), l2_bytes=40 << 20)
+    large = cost_model.propagate_cost(RefineCase("large", 1, 8, 2048, 2048, SIX, 10), l2_bytes=40 << 20)
     assert small.device_bytes == 4 * (2 * 8 + 48) * 128**2
     # two chunks, so that two buffers hold one copy of the masks: each reads the weights
     assert large.device_bytes == 10 * 4 * (2 * 8 + 2 * 48) * 2048**2
@@ -92,14 +95,14 @@ def rows(constants, noise=0.0, count=12):
 
 def test_the_fit_recovers_its_constants():
     true = (2e-5, 3e-10, 1e-9)
-    found = cost_model.fit("refine", rows(true))
+    found = fit.fit("refine", rows(true))
     assert found.constants == pytest.approx(true, rel=1e-6)
     assert found.worst_error < 1e-6
     assert found.left_out_error < 1e-6
 
 
 def test_the_fit_reports_its_error():
-    found = cost_model.fit("refine", rows((2e-5, 3e-10, 1e-9), noise=0.2))
+    found = fit.fit("refine", rows((2e-5, 3e-10, 1e-9), noise=0.2))
     assert 0.02 < found.median_error < 0.4
     assert found.median_error <= found.worst_error
     assert found.left_out_error > found.median_error / 2
@@ -107,30 +110,30 @@ def test_the_fit_reports_its_error():
 
 def test_constants_are_not_negative():
     features = np.array([[1.0, 10.0, 5.0], [1.0, 20.0, 1.0], [1.0, 30.0, 9.0], [1.0, 40.0, 2.0]])
-    assert (cost_model.non_negative_fit(features, np.array([9.0, 19.0, 27.0, 40.0])) >= 0).all()
+    assert (fit.non_negative_fit(features, np.array([9.0, 19.0, 27.0, 40.0])) >= 0).all()
 
 
 def test_three_rows_are_too_few():
     with pytest.raises(ValueError, match="3 rows"):
-        cost_model.fit("refine", rows((1e-5, 1e-10, 1e-9), count=3))
+        fit.fit("refine", rows((1e-5, 1e-10, 1e-9), count=3))
 
 
 def test_baselines_and_failures_are_not_fitted():
     good, bad, baseline = rows((1e-5, 1e-10, 1e-9), count=3)
     bad.status, baseline.ours = "wrong", False
-    assert list(cost_model.measured([good, bad, baseline]).values()) == [[good]]
+    assert list(fit.measured([good, bad, baseline]).values()) == [[good]]
 
 
 def test_the_run_of_the_paper():
     six, many, _ = (cost_model.predict_run(27, cluster) for cluster in CLUSTERS)
     assert many.total < six.total
     for prediction in (six, many):
-        parts = (prediction.bank, prediction.network, prediction.refinement, prediction.launches, prediction.data)
-        assert all(math.isfinite(part) and part > 0 for part in parts)
-        assert prediction.step >= max(prediction.network, prediction.launches, prediction.data)
+        hours = prediction.hours
+        assert all(math.isfinite(part) and part > 0 for part in hours.values())
+        assert prediction.step >= max(hours["network"], hours["launches"], hours["data"])
         assert prediction.total >= prediction.step
         assert prediction.dominant
-    assert cost_model.predict_run(81, CLUSTERS[0]).refinement > six.refinement
+    assert cost_model.predict_run(81, CLUSTERS[0]).hours["refinement"] > six.hours["refinement"]
 
 
 def test_the_page_is_written_and_checked(tmp_path, capsys):
@@ -157,6 +160,8 @@ def test_the_loader_rate_is_the_measured_one():
     assert cost_model.loader_rate([]) == cost_model.IMAGES_PER_WORKER_S
 
 
-def test_missing_markers_are_an_error():
+def test_missing_markers_are_an_error(tmp_path):
+    notes = tmp_path / "NOTES.md"
+    notes.write_text("nothing")
     with pytest.raises(ValueError, match="cost model:begin"):
-        cost_model.replace_between("nothing", "x")
+        cost_model.main(["--notes", str(notes), "--write"])
