@@ -10,6 +10,7 @@ their lines say; `afa_train` and `classes21`, the two targets there, run at full
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,6 +66,19 @@ def _absolute(result: Tensor, expected: Tensor) -> float:
     return float(difference.nan_to_num(nan=float("inf")))
 
 
+def _row(case: cases.RefineCase, variant: str, dtype: torch.dtype = torch.float32, **rest: Any) -> Row:
+    """Return a row with what the rows of a case have in common."""
+    common = {"inputs": functools.partial(_inputs, case), "launch_bound": case.launch_bound}
+    return Row(
+        family="refine",
+        workload=case.name,
+        variant=variant,
+        dtype=str(dtype).removeprefix("torch."),
+        shape=",".join(map(str, case.shape)),
+        **(common | rest),
+    )
+
+
 def refine_row(case: cases.RefineCase, scaled_from: str, full: bool, dtype: torch.dtype = torch.float32) -> Row:
     arguments = (case.dilations, case.num_iter, case.spec)
     keywords = {"dilations": case.dilations, "num_iter": case.num_iter, "spec": case.spec}
@@ -87,12 +101,10 @@ def refine_row(case: cases.RefineCase, scaled_from: str, full: bool, dtype: torc
     # The compiler takes minutes a row on a CPU; the rows of the CPU path's targets have it.
     skip_compiled = None if full or case.name in COMPILED_ON_CPU else "on a CPU only compiled at the target rows"
     rounding = {torch.float32: 0.0, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}[dtype]
-    return Row(
-        family="refine",
-        workload=case.name,
-        variant="refine",
-        dtype=str(dtype).removeprefix("torch."),
-        shape=",".join(map(str, case.shape)),
+    return _row(
+        case,
+        "refine",
+        dtype,
         inputs=inputs,
         candidates=(
             *(
@@ -126,7 +138,6 @@ def refine_row(case: cases.RefineCase, scaled_from: str, full: bool, dtype: torc
         operations=case.operations,
         items=case.batch,
         scaled_from=scaled_from,
-        launch_bound=case.launch_bound,
         note=case.note,
     )
 
@@ -146,13 +157,9 @@ def _shared_affinity_row(case: cases.RefineCase) -> Row:
     def reference(image: Tensor, masks: Tensor) -> Tensor:
         return _reference(image, masks, case).expand(8, *case.shape)
 
-    return Row(
-        family="refine",
-        workload=case.name,
-        variant="8 calls, one affinity",
-        dtype="float32",
-        shape=",".join(map(str, case.shape)),
-        inputs=functools.partial(_inputs, case),
+    return _row(
+        case,
+        "8 calls, one affinity",
         candidates=(
             Candidate("ours", ours, ours=True),
             Candidate("materialising", eight, peak_bytes=3 * case.materialised_bytes()),
@@ -161,7 +168,6 @@ def _shared_affinity_row(case: cases.RefineCase) -> Row:
         tolerance=EXACT,
         error=_absolute,
         operations=8 * case.operations,
-        launch_bound=case.launch_bound,
     )
 
 
@@ -172,13 +178,9 @@ def _labels_row(case: cases.RefineCase, scaled_from: str) -> Row:
     def ours(image: Tensor, masks: Tensor) -> Tensor:
         return refine(image, masks, case.dilations, case.num_iter, spec=case.spec, return_labels=True)[0]
 
-    return Row(
-        family="refine",
-        workload=case.name,
-        variant="labels",
-        dtype="float32",
-        shape=",".join(map(str, case.shape)),
-        inputs=functools.partial(_inputs, case),
+    return _row(
+        case,
+        "labels",
         candidates=(
             Candidate("ours", ours, ours=True),
             Candidate(
@@ -221,12 +223,9 @@ def _gradient_row(case: cases.RefineCase, scaled_from: str) -> Row:
 
     # Autograd keeps the neighbours of every iteration.
     kept = case.num_iter * case.materialised_bytes()
-    return Row(
-        family="refine",
-        workload=case.name,
-        variant="forward+backward",
-        dtype="float32",
-        shape=",".join(map(str, case.shape)),
+    return _row(
+        case,
+        "forward+backward",
         inputs=inputs,
         candidates=(
             Candidate("ours", gradients(ours), ours=True),
@@ -237,7 +236,6 @@ def _gradient_row(case: cases.RefineCase, scaled_from: str) -> Row:
         # The gradient of the image passes the reciprocal of small deviations.
         tolerance=3e-4,
         scaled_from=scaled_from,
-        launch_bound=case.launch_bound,
     )
 
 
