@@ -45,10 +45,13 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
     if not options.draw:
-        kept = read_csv(options.out / "quality.csv") if options.only else []
+        kept = _kept(options.out) if options.only else []
         rows = _measure(options)
         measured = {row.method for row in rows}
-        write_csv([*(row for row in kept if row.method not in measured), *rows], options.out / "quality.csv")
+        order = [method.name for method in METHODS]
+        rows = [*(row for row in kept if row.method not in measured), *rows]
+        rows.sort(key=lambda row: (row.kind, row.half, row.stride, row.noise, order.index(row.method)))
+        write_csv(rows, options.out / "quality.csv")
     if options.voc is not None:
         if cams.missing():
             raise SystemExit(f"--voc needs the package {cams.PACKAGE.replace('_', '-')}, for its network")
@@ -59,6 +62,10 @@ def main(argv: list[str] | None = None) -> int:
     (options.out / "quality.md").write_text("\n".join(lines))
     print("\n".join(lines))
     return 0
+
+
+def _kept(out: Path) -> list[Row]:
+    return read_csv(out / "quality.csv") if (out / "quality.csv").exists() else []
 
 
 def _measure(options: argparse.Namespace) -> list[Row]:

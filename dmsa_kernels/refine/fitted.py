@@ -12,13 +12,13 @@ from dmsa_kernels.refine.certainty import CertaintyAnchor
 from dmsa_kernels.refine.spec import LCM, AffinitySpec
 
 SMALLEST, LARGEST = 4, 64
-CELL_SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
-"""Dilations as shares of a cell's side: within the cell, where its share of a class is to be put in its place."""
-CELL_ANCHOR = CertaintyAnchor(share=0.9, power=1.5)
-BLOB_STRIDE = 24
-"""From this stride on masks are taken to be activation maps of a CNN, whose blobs are wider than a cell."""
-BLOB_SHARES = (1 / 8, 1 / 4, 1 / 2, 1)
-BLOB_ANCHOR = CertaintyAnchor(share=0.6, power=2)
+FAR_SHARES = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)
+"""Dilations of the first pass as shares of a cell's side: within the cell, and as far as the next one."""
+REACH = 24
+"""Pixels that no dilation exceeds: further away, what looks alike is something else."""
+NEAR_SHARES = (1 / 16, 1 / 8)
+"""Dilations at full size: what half the pixels cannot show."""
+ANCHOR = CertaintyAnchor(share=0.95, doubt=0.25)
 
 
 @dataclass(frozen=True)
@@ -26,22 +26,24 @@ class FittedPreset:
     """Settings for one stride; :meth:`dmsa_kernels.PAR.for_stride` uses them.
 
     Attributes:
-        dilations: in pixels.
-        num_iter: iterations T.
+        far: dilations, in pixels of the image at half its size, and iterations of the first pass.
+        dilations: in pixels, of the second pass, at full size.
+        num_iter: its iterations T.
         anchor: share of the first masks that every iteration keeps.
         spec: constants of the affinity: PAR's, without the distance term, so that scores keep their scale.
     """
 
+    far: tuple[tuple[int, ...], int]
     dilations: tuple[int, ...]
     num_iter: int
-    anchor: CertaintyAnchor
+    anchor: CertaintyAnchor = ANCHOR
     spec: AffinitySpec = LCM
 
 
 def fitted_preset(stride: float | Sequence[float]) -> FittedPreset:
     """Return the settings for cells of ``stride`` pixels, a number or rows and columns: dilations in proportion.
 
-    Fitted on half of the photographs of `benchmarks/quality`, checked on the other half; docs/refine.md says what was
+    Fitted on half of the photographs of `benchmarks/quality`, checked on the other half; docs/masks.md says what was
     searched.
 
     Raises:
@@ -53,6 +55,8 @@ def fitted_preset(stride: float | Sequence[float]) -> FittedPreset:
     if not all(SMALLEST <= n <= LARGEST for n in sides):
         raise ValueError(f"{stride=} must be a number from 4 to 64 pixels; there is no fitted preset for others")
     side = math.sqrt(sides[0] * sides[1])
-    shares, anchor = (BLOB_SHARES, BLOB_ANCHOR) if side >= BLOB_STRIDE else (CELL_SHARES, CELL_ANCHOR)
-    dilations = sorted({max(1, round(share * side)) for share in shares})
-    return FittedPreset(tuple(dilations), 10, anchor)
+    far = {max(1, round(min(share * side, REACH) / 2)) for share in FAR_SHARES}
+    near = {max(1, round(share * side)) for share in NEAR_SHARES}
+    # a walk of twice the distance takes four times the steps; 20 cost less than PAR does
+    steps = round(10 * min(max(side / REACH, 1) ** 2, 2))
+    return FittedPreset((tuple(sorted(far)), steps), tuple(sorted(near)), 5)

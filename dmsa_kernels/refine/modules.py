@@ -17,10 +17,19 @@ from torch import Tensor, nn
 
 from dmsa_kernels.compat import is_compiling
 from dmsa_kernels.refine import spec as presets
-from dmsa_kernels.refine.checks import check_dilations, check_options
+from dmsa_kernels.refine.checks import (
+    anchor_map,
+    check_cells,
+    check_dilations,
+    check_image,
+    check_masks,
+    check_options,
+    check_stride,
+)
 from dmsa_kernels.refine.fitted import fitted_preset
 from dmsa_kernels.refine.functional import refine
 from dmsa_kernels.refine.reference import neighbour
+from dmsa_kernels.refine.resize import halved, resize
 from dmsa_kernels.refine.spec import NEIGHBOUR_OFFSETS, AffinitySpec, offsets, resolve_spec
 
 if TYPE_CHECKING:
@@ -147,6 +156,9 @@ class _Refinement(nn.Module):
         valid = options.get("valid_classes")
         if masks is not given and isinstance(valid, Tensor) and valid.dim() == 2 and valid.shape[0] == 1:
             options["valid_classes"] = valid.expand(masks.shape[0], -1)
+        return self._compute(image, masks, anchor, **options)
+
+    def _compute(self, image: Tensor, masks: Tensor, anchor: float | Tensor, **options: Any) -> Any:
         return refine(
             image,
             masks,
@@ -223,9 +235,11 @@ class PAR(_WithNeighbours):
         eps: see above.
         dim: dimension of the neighbours in upstream's tensors, always 2.
         pos: distances of the neighbours, ``[1, 1, P, 1, 1]``, in pixels unless set to something else.
+        far: dilations and iterations of a first pass on the image at half its size, which only ``for_stride`` sets.
     """
 
     dim = 2
+    far: tuple[Sequence[int], int] | None = None
 
     def __init__(self, dilations: Sequence[int], num_iter: int, *, eps: float | None = None, **options: Any):
         constants = resolve_spec(options.pop("spec", presets.PAR))
@@ -240,6 +254,7 @@ class PAR(_WithNeighbours):
     def for_stride(cls, stride: float | Sequence[float], **options: Any) -> PAR:
         """Return a module fitted for masks that are averages over cells of ``stride`` x ``stride`` pixels, 4 to 64.
 
+        It refines twice: at half the image's size, with dilations up to a cell, then at full size, with short ones.
         Dilations are in proportion to the cell; the anchor follows the masks, image by image
         (:class:`dmsa_kernels.refine.certainty.CertaintyAnchor`).
 
@@ -252,7 +267,9 @@ class PAR(_WithNeighbours):
         """
         preset = fitted_preset(stride)
         settings = {"spec": preset.spec, "anchor": preset.anchor, "stride": stride, **options}
-        return cls(list(preset.dilations), preset.num_iter, **settings)
+        module = cls(list(preset.dilations), preset.num_iter, **settings)
+        module.far = preset.far
+        return module
 
     @property
     def spec(self) -> AffinitySpec:
@@ -273,6 +290,36 @@ class PAR(_WithNeighbours):
     @pos.setter
     def pos(self, value: Tensor) -> None:
         self._pos = value
+
+    def _compute(self, image: Tensor, masks: Tensor, anchor: float | Tensor, **options: Any) -> Any:
+        if self.far is None:
+            return super()._compute(image, masks, anchor, **options)
+        check_image(image)
+        check_masks(masks, "image", image.shape[0], image.device)
+        if self.resize != "masks":
+            raise ValueError(f"resize={self.resize!r} must be 'masks' with settings of for_stride")
+        size, cell = image.shape[2:], check_stride(self.stride, self.resize)
+        if cell is not None:
+            check_cells(masks, cell, size)
+        hold = anchor_map(anchor, masks, size, masks.shape[2:])
+        if hold is not None and hold.shape[2:] != size:
+            hold = resize(hold, size, cell)
+        given = masks.shape[2:]
+        half = halved(image, given, cell)
+        if cell is None:
+            masks = halved(resize(masks, size, None), size, None)
+        else:
+            masks = resize(masks, half.shape[2:], [side / 2 for side in cell])
+        dilations, num_iter = self.far
+        same: dict[str, Any] = {"spec": self.spec, "precision": self.precision, "backend": self.backend}
+        first = 0.0 if hold is None else halved(hold, given, cell)
+        valid = options.get("valid_classes")
+        coarse: Any = refine(half, masks, dilations, num_iter, resize="none", anchor=first, valid_classes=valid, **same)
+        second = 0.0 if hold is None else hold
+        return refine(image, coarse, self.dilations, self.num_iter, stride=2, anchor=second, **same, **options)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ("" if self.far is None else f", far={self.far}")
 
     def _check_pos(self) -> None:
         if self._pos is None and not _overrides(self, _GET_POS):

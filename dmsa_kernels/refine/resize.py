@@ -46,6 +46,24 @@ def resize_cells(x: Tensor, size: Sequence[int], stride: Sequence[float]) -> Ten
     return _by_planes(x, enlarge)
 
 
+def halved(x: Tensor, cells: Sequence[int], stride: Sequence[float] | None) -> Tensor:
+    """Means of 2 x 2 pixels, an odd row or column with what there is, in float32 (float64 stays).
+
+    Args:
+        x: ``[B, K, H, W]``.
+        cells: rows and columns of cells that cover it to within less than a cell; they then cover the result so.
+        stride: rows and columns of a cell in pixels, or ``None`` if there are none.
+    """
+    sizes = [
+        max(1, n // 2 if stride is not None and count * side < n else -(-n // 2))
+        for n, count, side in zip(x.shape[2:], cells, stride or (1, 1))
+    ]
+    if x.shape[0] == 0:
+        return x.new_zeros((*x.shape[:2], *sizes))
+    planes = x if x.dtype == torch.float64 else x.float()
+    return F.avg_pool2d(planes, 2, ceil_mode=True)[:, :, : sizes[0], : sizes[1]]
+
+
 def _by_planes(x: Tensor, enlarge: Callable[[Tensor], Tensor]) -> Tensor:
     """Apply ``enlarge`` to the planes [B * C, 1, h, w] of x, in float32 or float64.
 

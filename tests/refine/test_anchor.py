@@ -297,9 +297,9 @@ def test_for_stride(stride):
     par = PAR.for_stride(stride)
     assert (par.dilations, par.num_iter) == (list(preset.dilations), preset.num_iter)
     assert (par.anchor, par.stride, par.spec) == (preset.anchor, stride, preset.spec)
+    assert par.far == preset.far
     image, masks = rand(1, 3, 2 * stride, 3 * stride), rand(1, 2, 2, 3, seed=1)
-    options = {"spec": preset.spec, "anchor": preset.anchor(masks), "stride": stride}
-    assert torch.equal(par(image, masks), refine(image, masks, preset.dilations, preset.num_iter, **options))
+    assert torch.equal(par(image, masks), par(image, masks, anchor=preset.anchor(masks)))
 
 
 def test_presets_are_fitted_from_4_to_64_pixels():
