@@ -163,10 +163,6 @@ class Refiner:
         side = min(max(self.settings.stride or ratio, FITTED_STRIDES[0]), FITTED_STRIDES[1])
         fitted = PAR.for_stride(side, anchor=HARD_ANCHOR) if hard else PAR.for_stride(side)
         fitted.stride = cell
-        anchor, pixels = fitted.anchor, round(side)
-        if cell is None and callable(anchor):
-            # enlarged masks hide their noise: it shows in cells again
-            fitted.anchor = lambda masks, valid: anchor(F.avg_pool2d(masks, pixels, ceil_mode=True), valid)[0, 0, 0, 0]
         return fitted
 
 
