@@ -1,8 +1,10 @@
-# ruff: noqa: RUF005 (Triton concatenates tuples, it does not unpack them)
 """The affinity kernel: a guide image in, P weights a pixel out.
 
 One thread owns one pixel and keeps the P samples of one image channel and the P scores in registers, so every sample is
 loaded once a channel: ``K * P`` loads a pixel instead of ``3 * K * P`` for a mean, a variance and a score pass.
+
+The neighbours are the rows of a block, whose number must be a power of two: ``BLOCK_P``. The compiler knows which rows
+are none and leaves out what is computed of them alone.
 """
 
 from __future__ import annotations
@@ -20,25 +22,44 @@ from dmsa_kernels.refine.triton.common import LAUNCH, OFFLINE_DILATIONS, in_floa
 
 # Image channels one launch takes; more are summed over several launches.
 MAX_CHANNELS = 4
+# What a row that is no neighbour adds to a sum: 0 would turn a sum of -0 into 0, so the compiler would have to add it.
+NOTHING = tl.constexpr(-0.0)
 
 
 @triton.jit
-def tap_offsets():
-    """Return the rows and columns ``[8, 1]`` of a 3x3 window's taps in order, the centre left out."""
-    o_tap = tl.arange(0, 8)
-    o_tap = (o_tap + (o_tap >= 4).to(tl.int32))[:, None]
-    return o_tap // 3 - 1, o_tap % 3 - 1
+def tap_offsets(DILATIONS: tl.constexpr, BLOCK_P: tl.constexpr):
+    """Return the rows and columns ``[BLOCK_P, 1]`` of the neighbours, 3x3 windows without their centres, and a mask."""
+    o_p = tl.arange(0, BLOCK_P)[:, None]
+    dilation = tl.zeros([BLOCK_P, 1], dtype=tl.int32)
+    for i in tl.static_range(len(DILATIONS)):
+        dilation = tl.where(o_p // 8 == i, DILATIONS[i], dilation)
+    o_tap = o_p % 8
+    o_tap = o_tap + (o_tap >= 4).to(tl.int32)
+    return (o_tap // 3 - 1) * dilation, (o_tap % 3 - 1) * dilation, o_p < 8 * len(DILATIONS)
 
 
 @triton.jit
-def neighbourhood(p_image, o_y, o_x, height, width, stride_h, stride_w, DILATIONS: tl.constexpr, SIGMA: tl.constexpr):
-    """Return D blocks ``[8, PIXELS]`` of samples around each pixel, the pixel, the neighbourhood's mean and deviation.
+def neighbourhood(
+    p_image,
+    o_y,
+    o_x,
+    height,
+    width,
+    stride_h,
+    stride_w,
+    DILATIONS: tl.constexpr,
+    SIGMA: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """Return the samples ``[BLOCK_P, PIXELS]`` around each pixel, the pixel, one sample, the mean and the deviation.
 
-    All values but the deviation are relative to one sample of the neighbourhood, so that a constant neighbourhood has
-    a deviation of exactly 0; the deviation is two-pass. Coordinates are clamped, so no load leaves the map.
+    The mean is relative to that one sample, so that a constant neighbourhood has a deviation of exactly 0; the deviation
+    is two-pass. Coordinates are clamped, so no load leaves the map.
     """
     D: tl.constexpr = len(DILATIONS)
-    t_y, t_x = tap_offsets()
+    # how often the centre counts
+    CENTRES: tl.constexpr = D if SIGMA == "centred" else (1 if SIGMA == "centre_once" else 0)
+    t_y, t_x, m_tap = tap_offsets(DILATIONS, BLOCK_P)
     c_y = tl.minimum(o_y, height - 1)
     c_x = tl.minimum(o_x, width - 1)
     # [PIXELS]
@@ -49,27 +70,17 @@ def neighbourhood(p_image, o_y, o_x, height, width, stride_h, stride_w, DILATION
         c_x = tl.minimum(tl.maximum(o_x - DILATIONS[0], 0), width - 1)
         # [PIXELS]
         origin = tl.load(p_image + c_y * stride_h + c_x * stride_w).to(tl.float32)
-    samples = ()
-    mean = tl.zeros_like(origin)
-    for i in tl.static_range(D):
-        q_y = tl.minimum(tl.maximum(o_y[None, :] + t_y * DILATIONS[i], 0), height - 1)
-        q_x = tl.minimum(tl.maximum(o_x[None, :] + t_x * DILATIONS[i], 0), width - 1)
-        # [8, PIXELS]
-        sample = tl.load(p_image + q_y * stride_h + q_x * stride_w).to(tl.float32) - origin[None, :]
-        samples = samples + (sample,)
-        mean += tl.sum(sample, axis=0)
-
-    # how often the centre counts
-    CENTRES: tl.constexpr = D if SIGMA == "centred" else (1 if SIGMA == "centre_once" else 0)
-    mean = mean * (1.0 / (8 * D + CENTRES))
+    q_y = tl.minimum(tl.maximum(o_y[None, :] + t_y, 0), height - 1)
+    q_x = tl.minimum(tl.maximum(o_x[None, :] + t_x, 0), width - 1)
+    # [BLOCK_P, PIXELS]
+    samples = tl.load(p_image + q_y * stride_h + q_x * stride_w, mask=m_tap, other=0.0).to(tl.float32)
+    mean = tl.sum(tl.where(m_tap, samples - origin[None, :], NOTHING), axis=0) * (1.0 / (8 * D + CENTRES))
     sigma = tl.full(origin.shape, 1.0, tl.float32)
     if SIGMA != "none":
-        variance = mean * mean * CENTRES
-        for i in tl.static_range(D):
-            difference = samples[i] - mean[None, :]
-            variance += tl.sum(difference * difference, axis=0)
+        difference = samples - origin[None, :] - mean[None, :]
+        variance = tl.sum(tl.where(m_tap, difference * difference, NOTHING), axis=0) + mean * mean * CENTRES
         sigma = tl.sqrt_rn(variance * (1.0 / (8 * D + CENTRES - 1)))
-    return samples, centre - origin, mean, sigma
+    return samples, centre, origin, mean, sigma
 
 
 @triton.jit
@@ -108,6 +119,7 @@ def local_affinity_fwd_kernel(
     READ_PARTIAL: tl.constexpr,
     WRITE_PARTIAL: tl.constexpr,
     INT64: tl.constexpr,
+    BLOCK_P: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
@@ -123,54 +135,51 @@ def local_affinity_fwd_kernel(
     o_pixel = tl.arange(0, PIXELS)
     o_y = (i_tile // tiles_w) * BLOCK_H + o_pixel // BLOCK_W
     o_x = (i_tile % tiles_w) * BLOCK_W + o_pixel % BLOCK_W
-    m_pixel = ((o_y < height) & (o_x < width))[None, :]
     plane = height * width
-    # [8, PIXELS]: offsets of the first dilation's weights
-    o_weights = (i_n * 8 * D + tl.arange(0, 8)[:, None]) * plane + (o_y * width + o_x)[None, :]
 
-    scores = ()
-    for i in tl.static_range(D):
-        if READ_PARTIAL:
-            # [8, PIXELS]
-            scores = scores + (tl.load(partial_ptr + o_weights + i * 8 * plane, mask=m_pixel, other=0.0),)
-        else:
-            scores = scores + (tl.zeros([8, PIXELS], dtype=tl.float32),)
+    scores = tl.zeros([BLOCK_P, PIXELS], dtype=tl.float32)
+    if READ_PARTIAL:
+        # [BLOCK_P, PIXELS]
+        o_weights, m_weights = weights_offsets(i_n * 8 * D * plane, o_y, o_x, height, width, DILATIONS, BLOCK_P)
+        scores = tl.load(partial_ptr + o_weights, mask=m_weights, other=0.0)
 
     p_image = image_ptr + i_n * stride_image_n
     for _ in tl.static_range(CHANNELS):
-        samples, centre, _, sigma = neighbourhood(
-            p_image, o_y, o_x, height, width, stride_image_h, stride_image_w, DILATIONS, SIGMA
+        samples, centre, _origin, _mean, sigma = neighbourhood(
+            p_image, o_y, o_x, height, width, stride_image_h, stride_image_w, DILATIONS, SIGMA, BLOCK_P
         )
-        inverse = inverse_scale(sigma, alpha, eps)
-        summed = ()
-        for i in tl.static_range(D):
-            term = tl.abs(samples[i] - centre[None, :]) * inverse[None, :]
-            if EXPONENT == 2:
-                term = term * term
-            summed = summed + (scores[i] - term * inverse_channels,)
-        scores = summed
+        term = tl.abs(samples - centre[None, :]) * inverse_scale(sigma, alpha, eps)[None, :]
+        if EXPONENT == 2:
+            term = term * term
+        scores -= term * inverse_channels
         # one channel at a time: a multiple of the stride could leave 32 bits
         p_image += stride_image_c
 
+    # computed behind the channels, or their registers would be taken all along
+    o_weights, m_weights = weights_offsets(i_n * 8 * D * plane, o_y, o_x, height, width, DILATIONS, BLOCK_P)
     if WRITE_PARTIAL:
-        for i in tl.static_range(D):
-            tl.store(partial_ptr + o_weights + i * 8 * plane, scores[i], mask=m_pixel)
+        tl.store(partial_ptr + o_weights, scores, mask=m_weights)
     else:
-        top = tl.max(scores[0], axis=0)
-        for i in tl.static_range(1, D):
-            top = tl.maximum(top, tl.max(scores[i], axis=0))
-        total = tl.zeros([PIXELS], dtype=tl.float32)
-        exponentials = ()
-        for i in tl.static_range(D):
-            exponentials = exponentials + (tl.exp(scores[i] - top[None, :]),)
-            total += tl.sum(exponentials[i], axis=0)
-        inverse = tl.div_rn(tl.full([PIXELS], 1.0, tl.float32), total)
-        t_y, t_x = tap_offsets()
-        for i in tl.static_range(D):
-            w = exponentials[i] * inverse[None, :]
-            if len(POSITION) > 0:
-                w += tl.where(t_y * t_x != 0, POSITION[8 * i], POSITION[8 * i + 1])
-            tl.store(weights_ptr + o_weights + i * 8 * plane, w.to(weights_ptr.dtype.element_ty), mask=m_pixel)
+        t_y, t_x, m_tap = tap_offsets(DILATIONS, BLOCK_P)
+        top = tl.max(tl.where(m_tap, scores, float("-inf")), axis=0)
+        w = tl.exp(scores - top[None, :])
+        total = tl.sum(tl.where(m_tap, w, NOTHING), axis=0)
+        w = w * tl.div_rn(tl.full([PIXELS], 1.0, tl.float32), total)[None, :]
+        if len(POSITION) > 0:
+            position = tl.zeros([BLOCK_P, 1], dtype=tl.float32)
+            for i in tl.static_range(D):
+                here = tl.arange(0, BLOCK_P)[:, None] // 8 == i
+                position = tl.where(here, tl.where(t_y * t_x != 0, POSITION[8 * i], POSITION[8 * i + 1]), position)
+            w += position
+        tl.store(weights_ptr + o_weights, w.to(weights_ptr.dtype.element_ty), mask=m_weights)
+
+
+@triton.jit
+def weights_offsets(o_image, o_y, o_x, height, width, DILATIONS: tl.constexpr, BLOCK_P: tl.constexpr):
+    """Return the offsets ``[BLOCK_P, PIXELS]`` of the pixels' weights in ``[B, P, H, W]``, and which of them exist."""
+    o_p = tl.arange(0, BLOCK_P)[:, None]
+    m_pixel = ((o_y < height) & (o_x < width))[None, :]
+    return o_p * (height * width) + (o_image + o_y * width + o_x)[None, :], m_pixel & (o_p < 8 * len(DILATIONS))
 
 
 def local_affinity(
@@ -217,7 +226,7 @@ def schedule(
 ) -> None:
     """Write down the launches of :func:`local_affinity`."""
     batch, channels, height, width = image.shape
-    position = tuple(position_vector(dilations, alpha, eps, position_weight)) if position_weight else ()
+    position = position_constants(dilations, alpha, eps, position_weight)
     starts = range(0, channels, MAX_CHANNELS)
     # float32 scores are summed in place when the weights can hold them
     in_place = weights.dtype == torch.float32 or len(starts) == 1
@@ -254,9 +263,16 @@ def schedule(
             READ_PARTIAL=start > 0,
             WRITE_PARTIAL=start != starts[-1],
             INT64=needs_int64(part, weights),
+            BLOCK_P=triton.next_power_of_2(weights.shape[1]),
             BLOCK_H=config.block_h,
             BLOCK_W=config.block_w,
         )
+
+
+def position_constants(dilations: tuple[int, ...], alpha: float, eps: float, weight: float) -> tuple[float, ...]:
+    """Return the position term's P constants, or none; those too small for float32 are 0."""
+    tiny = torch.finfo(torch.float32).tiny
+    return tuple(p if p >= tiny else 0.0 for p in position_vector(dilations, alpha, eps, weight)) if weight else ()
 
 
 def num_warps(config: tuning.Config, neighbours: int, channels: int) -> int:
@@ -289,13 +305,14 @@ def offline_cases() -> Iterator[tuning.OfflineCase]:
             {
                 "stride_image_w": 1,
                 "DILATIONS": dilations,
-                "POSITION": tuple(position_vector(dilations, 0.3, 3e-9, 0.01)),
+                "POSITION": position_constants(dilations, 0.3, 3e-9, 0.01),
                 "EXPONENT": 2,
                 "SIGMA": "neighbours",
                 "CHANNELS": channels,
                 "READ_PARTIAL": False,
                 "WRITE_PARTIAL": False,
                 "INT64": False,
+                "BLOCK_P": triton.next_power_of_2(8 * len(dilations)),
                 "BLOCK_H": config.block_h,
                 "BLOCK_W": config.block_w,
             },

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dmsa_kernels import plans, tuning
 from dmsa_kernels.refine.triton import affinity, propagate
-from dmsa_kernels.refine.triton.affinity import inverse_scale, neighbourhood
+from dmsa_kernels.refine.triton.affinity import NOTHING, inverse_scale, neighbourhood, weights_offsets
 from dmsa_kernels.refine.triton.common import LAUNCH, OFFLINE_DILATIONS, in_float32, needs_int64
 
 # Pixels along an edge, and of a tile, that one program owns.
@@ -207,14 +207,25 @@ def propagate_bwd_weights_kernel(
             a_7 = tl.fma(g, tl.load(p_masks + ((base + y_p + x_p) * BLOCK_C)[:, None]), a_7)
             t += 1
         i_group += 1
-    sums = (a_0, a_1, a_2, a_3, a_4, a_5, a_6, a_7)
     p_out = out_ptr + (i_n * 8 * D + i_d * 8) * plane + o_y * width + o_x
-    for j in tl.static_range(8):
-        # [PIXELS]
-        total = tl.sum(sums[j], axis=1)
-        if ACCUMULATE:
-            total += tl.load(p_out + j * plane, mask=m_pixel, other=0.0)
-        tl.store(p_out + j * plane, total, mask=m_pixel)
+    store_sum(p_out, a_0, m_pixel, ACCUMULATE)
+    store_sum(p_out + plane, a_1, m_pixel, ACCUMULATE)
+    store_sum(p_out + 2 * plane, a_2, m_pixel, ACCUMULATE)
+    store_sum(p_out + 3 * plane, a_3, m_pixel, ACCUMULATE)
+    store_sum(p_out + 4 * plane, a_4, m_pixel, ACCUMULATE)
+    store_sum(p_out + 5 * plane, a_5, m_pixel, ACCUMULATE)
+    store_sum(p_out + 6 * plane, a_6, m_pixel, ACCUMULATE)
+    store_sum(p_out + 7 * plane, a_7, m_pixel, ACCUMULATE)
+
+
+@triton.jit
+def store_sum(p_out, acc, m_pixel, ACCUMULATE: tl.constexpr):
+    """Store one tap's sum over the lanes ``[PIXELS, BLOCK_C]``, or add it to what is there."""
+    # [PIXELS]
+    total = tl.sum(acc, axis=1)
+    if ACCUMULATE:
+        total += tl.load(p_out, mask=m_pixel, other=0.0)
+    tl.store(p_out, total, mask=m_pixel)
 
 
 @triton.jit(do_not_specialize=["groups", "plane", "blocks"])
@@ -306,19 +317,6 @@ def propagate_bwd_anchor_sum_kernel(
     tl.store(p_out, summed, mask=m_pixel)
 
 
-@triton.jit
-def tap_gradient(
-    soft_ptr, grad_ptr, o_taps, m_taps, sample, centre, dot, inverse, inverse_channels, EXPONENT: tl.constexpr
-):
-    """Return the gradient ``[8, PIXELS]`` of eight samples with sigma held fixed, and their scaled differences."""
-    # [8, PIXELS]
-    soft = tl.load(soft_ptr + o_taps, mask=m_taps, other=0.0)
-    grad = tl.load(grad_ptr + o_taps, mask=m_taps, other=0.0).to(tl.float32)
-    u = (sample - centre[None, :]) * inverse[None, :]
-    slope = 2.0 * u if EXPONENT == 2 else tl.where(u > 0, 1.0, tl.where(u < 0, -1.0, 0.0))
-    return -soft * (grad - dot[None, :]) * inverse_channels * slope * inverse[None, :], u
-
-
 @triton.jit(do_not_specialize=["height", "width", "tiles_w", "tiles", "stride_image_n", "stride_image_h"])
 def local_affinity_bwd_kernel(
     image_ptr,  # [B, H, W], any strides: one channel
@@ -340,6 +338,7 @@ def local_affinity_bwd_kernel(
     EXPONENT: tl.constexpr,  # 1 or 2
     SIGMA: tl.constexpr,
     INT64: tl.constexpr,
+    BLOCK_P: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
@@ -361,63 +360,31 @@ def local_affinity_bwd_kernel(
     o_y = (i_tile // tiles_w) * BLOCK_H + o_pixel // BLOCK_W
     o_x = (i_tile % tiles_w) * BLOCK_W + o_pixel % BLOCK_W
     m_pixel = (o_y < height) & (o_x < width)
-    m_taps = m_pixel[None, :]
     plane = height * width
-    # [8, PIXELS]: offsets of the first dilation's weights
-    o_taps = (i_n * 8 * D + tl.arange(0, 8)[:, None]) * plane + (o_y * width + o_x)[None, :]
-
-    dot = tl.zeros([PIXELS], dtype=tl.float32)
-    for i in tl.static_range(D):
-        # [8, PIXELS]
-        soft = tl.load(soft_ptr + o_taps + i * 8 * plane, mask=m_taps, other=0.0)
-        grad = tl.load(grad_ptr + o_taps + i * 8 * plane, mask=m_taps, other=0.0).to(tl.float32)
-        dot += tl.sum(soft * grad, axis=0)
+    # [BLOCK_P, PIXELS]
+    o_taps, m_taps = weights_offsets(i_n * 8 * D * plane, o_y, o_x, height, width, DILATIONS, BLOCK_P)
+    soft = tl.load(soft_ptr + o_taps, mask=m_taps, other=0.0)
+    grad = tl.load(grad_ptr + o_taps, mask=m_taps, other=0.0).to(tl.float32)
+    dot = tl.sum(tl.where(m_taps, soft * grad, NOTHING), axis=0)
 
     p_image = image_ptr + i_n * stride_image_n
-    samples, centre, mean, sigma = neighbourhood(
-        p_image, o_y, o_x, height, width, stride_image_h, stride_image_w, DILATIONS, SIGMA
+    samples, centre, origin, mean, sigma = neighbourhood(
+        p_image, o_y, o_x, height, width, stride_image_h, stride_image_w, DILATIONS, SIGMA, BLOCK_P
     )
     inverse = inverse_scale(sigma, alpha, eps)
-    d_scale = tl.zeros([PIXELS], dtype=tl.float32)  # gradient of alpha sigma + eps
-    d_centre = tl.zeros([PIXELS], dtype=tl.float32)
-    for i in tl.static_range(D):
-        d_tap, u = tap_gradient(
-            soft_ptr,
-            grad_ptr,
-            o_taps + i * 8 * plane,
-            m_taps,
-            samples[i],
-            centre,
-            dot,
-            inverse,
-            inverse_channels,
-            EXPONENT,
-        )
-        d_scale -= tl.sum(d_tap * u, axis=0)
-        d_centre -= tl.sum(d_tap, axis=0)
+    u = (samples - centre[None, :]) * inverse[None, :]
+    slope = 2.0 * u if EXPONENT == 2 else tl.where(u > 0, 1.0, tl.where(u < 0, -1.0, 0.0))
+    # the samples' gradients with sigma held fixed
+    d_taps = -soft * (grad - dot[None, :]) * inverse_channels * slope * inverse[None, :]
+    d_scale = -tl.sum(tl.where(m_taps, d_taps * u, NOTHING), axis=0)  # gradient of alpha sigma + eps
+    d_centre = -tl.sum(tl.where(m_taps, d_taps, NOTHING), axis=0)
     if SIGMA != "none":
         d_sigma = d_scale * alpha
         flat = sigma == 0
         per_sample = tl.where(flat, 0.0, d_sigma / (tl.where(flat, 1.0, sigma) * (8 * D + CENTRES - 1)))
-        # the centre's own sample is `centre`, 0 in the modes that count it
-        d_centre += per_sample * (centre - mean) * CENTRES
-    for i in tl.static_range(D):
-        # computed again: kept, P more registers a thread would spill
-        d_tap, _ = tap_gradient(
-            soft_ptr,
-            grad_ptr,
-            o_taps + i * 8 * plane,
-            m_taps,
-            samples[i],
-            centre,
-            dot,
-            inverse,
-            inverse_channels,
-            EXPONENT,
-        )
-        if SIGMA != "none":
-            d_tap += per_sample[None, :] * (samples[i] - mean[None, :])
-        tl.store(taps_ptr + o_taps + i * 8 * plane, d_tap, mask=m_taps)
+        d_centre += per_sample * (centre - origin - mean) * CENTRES
+        d_taps += per_sample[None, :] * (samples - origin[None, :] - mean[None, :])
+    tl.store(taps_ptr + o_taps, d_taps, mask=m_taps)
     tl.store(centre_ptr + i_n * plane + o_y * width + o_x, d_centre, mask=m_pixel)
 
 
@@ -745,6 +712,7 @@ def _affinity_schedule(
             EXPONENT=exponent,
             SIGMA=sigma,
             INT64=needs_int64(plane, soft, grad_weights, sums),
+            BLOCK_P=triton.next_power_of_2(soft.shape[1]),
             BLOCK_H=TILE[0],
             BLOCK_W=TILE[1],
         )
@@ -792,6 +760,7 @@ def offline_cases() -> Iterator[tuning.OfflineCase]:
                         "stride_image_w": 1,
                         "EXPONENT": 2,
                         "SIGMA": "neighbours",
+                        "BLOCK_P": triton.next_power_of_2(8 * len(dilations)),
                         "BLOCK_H": TILE[0],
                         "BLOCK_W": TILE[1],
                     },
