@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-OLDEST_TRITON = (3, 4)  # whose language has tuples of tensors; torch 2.8 brings it
+OLDEST_TRITON = (3, 0)  # torch 2.4 brings it
 TORCH = tuple(int(number) for number in torch.__version__.split("+")[0].split(".")[:2])
 REGISTERS_OPERATORS = TORCH >= (2, 4)
 
@@ -36,6 +36,11 @@ def triton_version() -> tuple[int, int] | None:
             continue
         return int(major), int(minor)
     return OLDEST_TRITON  # importable without metadata: built by hand, so the import itself will tell
+
+
+def triton_has_tuples() -> bool:
+    """Whether a kernel may gather tensors in a tuple: from Triton 3.4 on."""
+    return (triton_version() or OLDEST_TRITON) >= (3, 4)
 
 
 def operator(

@@ -32,7 +32,7 @@ def tap_offsets(DILATIONS: tl.constexpr, BLOCK_P: tl.constexpr):
     o_p = tl.arange(0, BLOCK_P)[:, None]
     dilation = tl.zeros([BLOCK_P, 1], dtype=tl.int32)
     for i in tl.static_range(len(DILATIONS)):
-        dilation = tl.where(o_p // 8 == i, DILATIONS[i], dilation)
+        dilation = tl.where(o_p // 8 == i, list(DILATIONS)[i], dilation)
     o_tap = o_p % 8
     o_tap = o_tap + (o_tap >= 4).to(tl.int32)
     return (o_tap // 3 - 1) * dilation, (o_tap % 3 - 1) * dilation, o_p < 8 * len(DILATIONS)
@@ -53,8 +53,8 @@ def neighbourhood(
 ):
     """Return the samples ``[BLOCK_P, PIXELS]`` around each pixel, the pixel, one sample, the mean and the deviation.
 
-    The mean is relative to that one sample, so that a constant neighbourhood has a deviation of exactly 0; the deviation
-    is two-pass. Coordinates are clamped, so no load leaves the map.
+    The mean is relative to that one sample, so that a constant neighbourhood has a deviation of exactly 0; the
+    deviation is two-pass. Coordinates are clamped, so no load leaves the map.
     """
     D: tl.constexpr = len(DILATIONS)
     # how often the centre counts
@@ -66,14 +66,17 @@ def neighbourhood(
     centre = tl.load(p_image + c_y * stride_h + c_x * stride_w).to(tl.float32)
     origin = centre
     if SIGMA == "neighbours":
-        c_y = tl.minimum(tl.maximum(o_y - DILATIONS[0], 0), height - 1)
-        c_x = tl.minimum(tl.maximum(o_x - DILATIONS[0], 0), width - 1)
+        c_y = tl.minimum(tl.maximum(o_y - list(DILATIONS)[0], 0), height - 1)
+        c_x = tl.minimum(tl.maximum(o_x - list(DILATIONS)[0], 0), width - 1)
         # [PIXELS]
         origin = tl.load(p_image + c_y * stride_h + c_x * stride_w).to(tl.float32)
     q_y = tl.minimum(tl.maximum(o_y[None, :] + t_y, 0), height - 1)
     q_x = tl.minimum(tl.maximum(o_x[None, :] + t_x, 0), width - 1)
+    # the hint orders the lanes along the pixels, not along the neighbours; no load gets wider, for nothing is known of
+    # the alignment
+    o_samples = tl.max_contiguous(q_y * stride_h + q_x * stride_w, [1, 2])
     # [BLOCK_P, PIXELS]
-    samples = tl.load(p_image + q_y * stride_h + q_x * stride_w, mask=m_tap, other=0.0).to(tl.float32)
+    samples = tl.load(p_image + o_samples, mask=m_tap, other=0.0).to(tl.float32)
     mean = tl.sum(tl.where(m_tap, samples - origin[None, :], NOTHING), axis=0) * (1.0 / (8 * D + CENTRES))
     sigma = tl.full(origin.shape, 1.0, tl.float32)
     if SIGMA != "none":
@@ -169,7 +172,8 @@ def local_affinity_fwd_kernel(
             position = tl.zeros([BLOCK_P, 1], dtype=tl.float32)
             for i in tl.static_range(D):
                 here = tl.arange(0, BLOCK_P)[:, None] // 8 == i
-                position = tl.where(here, tl.where(t_y * t_x != 0, POSITION[8 * i], POSITION[8 * i + 1]), position)
+                window = tl.where(t_y * t_x != 0, list(POSITION)[8 * i], list(POSITION)[8 * i + 1])
+                position = tl.where(here, window, position)
             w += position
         tl.store(weights_ptr + o_weights, w.to(weights_ptr.dtype.element_ty), mask=m_weights)
 

@@ -72,7 +72,7 @@ def propagate_bwd_border_kernel(
     acc = tl.zeros([BLOCK, BLOCK_C], dtype=tl.float32)
 
     for i in tl.static_range(len(DILATIONS)):
-        reach = tl.minimum(depth, DILATIONS[i])
+        reach = tl.minimum(depth, list(DILATIONS)[i])
         r = 0
         while r < reach:
             # line r from the edge: its tap across the edge is clamped to the edge
@@ -82,7 +82,7 @@ def propagate_bwd_border_kernel(
                 row_tap = tl.where(i_side == 0, s, 5 + s)
                 column_tap = tl.where(i_side == 0, (0, 3, 5)[s], (2, 4, 7)[s])
                 tap = tl.where(by_rows, row_tap, column_tap)
-                o_q = o_along - (s - 1) * DILATIONS[i]
+                o_q = o_along - (s - 1) * list(DILATIONS)[i]
                 m_q = (o_q >= 0) & (o_q < length)
                 o_pixel = o_line + o_q * step_along
                 # [BLOCK]
@@ -103,12 +103,12 @@ def propagate_bwd_border_kernel(
                 for i in tl.static_range(len(DILATIONS)):
                     tap = 8 * i + tl.where(i_side == 0, 2 * end, 5 + 2 * end)
                     r = 0
-                    while r < tl.minimum(depth, DILATIONS[i]):
+                    while r < tl.minimum(depth, list(DILATIONS)[i]):
                         o_line = tl.where(i_side == 0, r, depth - 1 - r) * step_across
                         start = 0
-                        while start < tl.minimum(length, DILATIONS[i]):
+                        while start < tl.minimum(length, list(DILATIONS)[i]):
                             o_in = start + tl.arange(0, BLOCK)
-                            m_q = o_in < tl.minimum(length, DILATIONS[i])
+                            m_q = o_in < tl.minimum(length, list(DILATIONS)[i])
                             o_pixel = o_line + tl.where(end == 0, o_in, length - 1 - o_in) * step_along
                             # [BLOCK]
                             w = tl.load(p_weights + tap * plane + o_pixel, mask=m_q, other=0.0).to(tl.float32)
@@ -166,7 +166,7 @@ def propagate_bwd_weights_kernel(
         width = width.to(tl.int64)
     dilation = 0
     for i in tl.static_range(D):
-        dilation = tl.where(i_d == i, DILATIONS[i], dilation)
+        dilation = tl.where(i_d == i, list(DILATIONS)[i], dilation)
     o_pixel = tl.arange(0, PIXELS)
     o_y = (i_tile // tiles_w) * BLOCK_H + o_pixel // BLOCK_W
     o_x = (i_tile % tiles_w) * BLOCK_W + o_pixel % BLOCK_W

@@ -6,6 +6,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+# Kernels index constant tuples as lists: the language takes an index of the tuple itself from Triton 3.4 on.
 # Row-major 3x3 order without the centre: tap j of dilation d is at (TAP_Y[j] * d, TAP_X[j] * d).
 TAP_Y = tl.constexpr((-1, -1, -1, 0, 0, 1, 1, 1))
 TAP_X = tl.constexpr((-1, 0, 1, -1, 1, -1, 0, 1))

@@ -20,7 +20,8 @@ from torch import Tensor
 from dmsa_kernels import compat, plans, tuning
 from dmsa_kernels.refine.triton.common import LAUNCH, OFFLINE_DILATIONS, TAP_X, TAP_Y, needs_int64
 
-# Weights a thread can hold in registers; longer dilation lists read them again for every channel group.
+# Weights a thread can hold in registers; longer dilation lists read them again for every channel group, and so do all
+# before Triton 3.4.
 MAX_HELD_NEIGHBOURS = 64
 # Pixels of a program that only copies or compares.
 BLOCK_PIXELS = 256
@@ -155,8 +156,8 @@ def propagate_fwd_kernel(
                     p_weights + p * plane,
                     o_y,
                     o_x,
-                    TAP_Y[p % 8] * DILATIONS[p // 8],
-                    TAP_X[p % 8] * DILATIONS[p // 8],
+                    list(TAP_Y)[p % 8] * list(DILATIONS)[p // 8],
+                    list(TAP_X)[p % 8] * list(DILATIONS)[p // 8],
                     m_pixel,
                     height,
                     width,
@@ -180,15 +181,15 @@ def propagate_fwd_kernel(
                 # [PIXELS, BLOCK_C]
                 if ADJOINT:
                     # masked: a tap outside the map has weight 0, and a NaN in its place would turn that into NaN
-                    q_y = o_y - TAP_Y[p % 8] * DILATIONS[p // 8]
-                    q_x = o_x - TAP_X[p % 8] * DILATIONS[p // 8]
+                    q_y = o_y - list(TAP_Y)[p % 8] * list(DILATIONS)[p // 8]
+                    q_x = o_x - list(TAP_X)[p % 8] * list(DILATIONS)[p // 8]
                     m_tap = ((q_y >= 0) & (q_y < height) & (q_x >= 0) & (q_x < width))[:, None]
                     o_tap = (o_plane + q_y * width + q_x) * BLOCK_C
                     tap = tl.load(planes_ptr + o_tap[:, None] + o_lane[None, :], mask=m_tap, other=0.0).to(tl.float32)
                 else:
                     # clamped, so inside the plane even for pixels outside the map: no mask needed
-                    q_y = tl.minimum(tl.maximum(o_y + TAP_Y[p % 8] * DILATIONS[p // 8], 0), height - 1)
-                    q_x = tl.minimum(tl.maximum(o_x + TAP_X[p % 8] * DILATIONS[p // 8], 0), width - 1)
+                    q_y = tl.minimum(tl.maximum(o_y + list(TAP_Y)[p % 8] * list(DILATIONS)[p // 8], 0), height - 1)
+                    q_x = tl.minimum(tl.maximum(o_x + list(TAP_X)[p % 8] * list(DILATIONS)[p // 8], 0), width - 1)
                     o_tap = (o_plane + q_y * width + q_x) * BLOCK_C
                     tap = tl.load(planes_ptr + o_tap[:, None] + o_lane[None, :]).to(tl.float32)
                 if HOLD_WEIGHTS:
@@ -198,8 +199,8 @@ def propagate_fwd_kernel(
                         p_weights + p * plane,
                         o_y,
                         o_x,
-                        TAP_Y[p % 8] * DILATIONS[p // 8],
-                        TAP_X[p % 8] * DILATIONS[p // 8],
+                        list(TAP_Y)[p % 8] * list(DILATIONS)[p // 8],
+                        list(TAP_X)[p % 8] * list(DILATIONS)[p // 8],
                         m_pixel,
                         height,
                         width,
@@ -327,8 +328,8 @@ def tuning_key(neighbours: int, pixels: int, width: int) -> tuple[int, int, int]
 
 
 def holds_weights(neighbours: int) -> bool:
-    """Return whether a pixel's weights fit into registers."""
-    return neighbours <= MAX_HELD_NEIGHBOURS
+    """Return whether a pixel's weights are kept in registers: they must fit, and the language must have tuples."""
+    return neighbours <= MAX_HELD_NEIGHBOURS and compat.triton_has_tuples()
 
 
 def plane_width(channels: int, dtype: torch.dtype, neighbours: int, has_valid: bool, device: torch.device) -> int:
@@ -667,7 +668,7 @@ def offline_cases() -> Iterator[tuning.OfflineCase]:
                 "DILATIONS": dilations,
                 "HAS_VALID": False,
                 "HAS_ANCHOR": False,
-                "HOLD_WEIGHTS": True,
+                "HOLD_WEIGHTS": holds_weights(8 * len(dilations)),
                 "ADJOINT": False,
                 "INT64": False,
                 "BLOCK_C": width,
