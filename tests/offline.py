@@ -124,6 +124,8 @@ def main(argv: list[str]) -> None:
                 raise
             lines = [line for line in f"{type(error).__name__}: {error}".splitlines() if line.strip(" ^")]
             report = {"case": case.name, "target": target, "error": lines[-1].strip()}
+        if "HOLD_WEIGHTS" in case.constants:
+            report["holds_weights"] = case.constants["HOLD_WEIGHTS"]
         print(json.dumps(report), flush=True)
 
 

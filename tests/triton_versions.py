@@ -57,12 +57,15 @@ def compile_with(version: str) -> list[dict]:
 
 
 def row(version: str, reports: list[dict]) -> str:
-    """Return the table's line: compiled of all for each target, instructions that spill, and the first refusal."""
+    """Return the table's line: compiled of all for each target, instructions that spill, where the weights are, what was
+    refused first."""
     cells = [version]
     for target in TARGETS:
         here = [report for report in reports if report["target"] == target]
         cells.append(f"{sum('error' not in report for report in here)} of {len(here)}")
     cells.append(str(sum(report.get("spills", 0) for report in reports)))
+    held = any(report.get("holds_weights") for report in reports)
+    cells.append("in registers" if held else "read again")
     refused = next((report["error"] for report in reports if "error" in report), "")
     cells.append(re.sub(r"[|`]", "'", refused)[:100])
     return "| " + " | ".join(cells) + " |"
@@ -78,10 +81,12 @@ def main(argv: list[str]) -> None:
         "# Triton's versions",
         "",
         "Kernels compiled offline, one case each, and their loads from and stores to local memory.",
+        "Propagation keeps a pixel's weights in registers; where the language has no tuples of tensors it reads them again"
+        " for every group of channels.",
         f"Written by `python -m tests.triton_versions --out docs/triton.md` with Python {sys.version.split()[0]}.",
         "",
-        "| Triton | " + " | ".join(TARGETS) + " | spills | first refusal |",
-        "|---|" + "---|" * (len(TARGETS) + 2),
+        "| Triton | " + " | ".join(TARGETS) + " | spills | weights | first refusal |",
+        "|---|" + "---|" * (len(TARGETS) + 3),
     ]
     print("\n".join(lines), flush=True)
     for version in arguments.versions or releases():

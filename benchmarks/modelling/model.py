@@ -100,8 +100,11 @@ class Model:
         return self._plain(launch, code)
 
     def _plain(self, launch: Launch, code: Code) -> Cost:
-        """A kernel whose programs run through it once: its own loads and stores pass device memory."""
-        a_warp = code.total
+        """A kernel whose programs run through it once (the affinity's: once a channel) and move all that they touch."""
+        again = launch.arguments["CHANNELS"] - 1 if launch.name == "local_affinity_fwd_kernel" else 0
+        a_warp = Count(code.total)
+        for kind, number in (code.loop + code.skipped).items():
+            a_warp[kind] += again * number
         moved = sum(
             a_warp[f"{kind}{bits}"] * bits // 8 * 32 for kind in ("load", "store") for bits in (8, 16, 32, 64, 128)
         )

@@ -66,8 +66,9 @@ def neighbourhood(
     centre = tl.load(p_image + c_y * stride_h + c_x * stride_w).to(tl.float32)
     origin = centre
     if SIGMA == "neighbours":
-        c_y = tl.minimum(tl.maximum(o_y - list(DILATIONS)[0], 0), height - 1)
-        c_x = tl.minimum(tl.maximum(o_x - list(DILATIONS)[0], 0), width - 1)
+        first: tl.constexpr = list(DILATIONS)[0]  # noqa: RUF015 (the language has no iterators)
+        c_y = tl.minimum(tl.maximum(o_y - first, 0), height - 1)
+        c_x = tl.minimum(tl.maximum(o_x - first, 0), width - 1)
         # [PIXELS]
         origin = tl.load(p_image + c_y * stride_h + c_x * stride_w).to(tl.float32)
     q_y = tl.minimum(tl.maximum(o_y[None, :] + t_y, 0), height - 1)
@@ -147,7 +148,7 @@ def local_affinity_fwd_kernel(
         scores = tl.load(partial_ptr + o_weights, mask=m_weights, other=0.0)
 
     p_image = image_ptr + i_n * stride_image_n
-    for _ in tl.static_range(CHANNELS):
+    for _ in range(CHANNELS):  # not unrolled: the samples of all channels, loaded at once, would spill
         samples, centre, _origin, _mean, sigma = neighbourhood(
             p_image, o_y, o_x, height, width, stride_image_h, stride_image_w, DILATIONS, SIGMA, BLOCK_P
         )
@@ -243,7 +244,7 @@ def schedule(
         trace.launch(
             local_affinity_fwd_kernel,
             batch * tiles,
-            num_warps=num_warps(config, weights.shape[1], part.shape[1]),
+            num_warps=num_warps(config, weights.shape[1]),
             options=LAUNCH,
             image_ptr=part,
             partial_ptr=partial,
@@ -279,9 +280,9 @@ def position_constants(dilations: tuple[int, ...], alpha: float, eps: float, wei
     return tuple(p if p >= tiny else 0.0 for p in position_vector(dilations, alpha, eps, weight)) if weight else ()
 
 
-def num_warps(config: tuning.Config, neighbours: int, channels: int) -> int:
+def num_warps(config: tuning.Config, neighbours: int) -> int:
     """Return the warps of a tile: two threads share a pixel whose samples and scores would spill from one."""
-    return config.num_warps * (2 if neighbours > 48 or (neighbours > 40 and channels > 3) else 1)
+    return config.num_warps * (2 if neighbours > 48 else 1)
 
 
 def tuning_key(neighbours: int, pixels: int) -> tuple[int, int]:
@@ -320,7 +321,7 @@ def offline_cases() -> Iterator[tuning.OfflineCase]:
                 "BLOCK_H": config.block_h,
                 "BLOCK_W": config.block_w,
             },
-            num_warps=num_warps(config, 8 * len(dilations), channels),
+            num_warps=num_warps(config, 8 * len(dilations)),
             every_target=config == default and image == "*fp32",
         )
 
