@@ -32,7 +32,7 @@ def why_not_triton(*tensors: Tensor) -> str | None:
         return "triton is not installed (pip install triton)"
     if version < OLDEST_TRITON:
         found, oldest = (".".join(map(str, numbers)) for numbers in (version, OLDEST_TRITON))
-        return f"triton is {found}; the kernels need {oldest} or newer, which torch 2.8 and later bring"
+        return f"triton is {found}; the kernels need {oldest} or newer, which torch 2.4 and later bring"
     for tensor in tensors:
         if tensor.device.type == "cpu" and not _interpreting():
             return "tensors are on the CPU (move them to a GPU, or set TRITON_INTERPRET=1 to debug the kernels)"

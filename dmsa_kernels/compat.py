@@ -190,35 +190,35 @@ def direct_launch(compiled: Any, grid: int) -> Callable[[int, tuple], None] | No
 
 
 def has_launch_hooks() -> bool:
-    """Return whether a profiler or the like wants to know of every launch."""
-    runtime = _knobs().runtime
+    """Return whether a profiler or the like wants to know of every launch; asked for launches by the C function."""
+    import triton
+
+    runtime = triton.knobs.runtime
     hooks = (runtime.launch_enter_hook, runtime.launch_exit_hook)
     return any(getattr(hook, "calls", hook is not None) for hook in hooks)
 
 
 def specialisation() -> object:
     """Return the settings, beside the arguments, for which Triton's JIT compiles a kernel of its own."""
-    return _knobs().runtime.debug
+    import triton
+
+    return triton.knobs.runtime.debug if hasattr(triton, "knobs") else None
 
 
 @contextlib.contextmanager
 def no_compilation(message: str) -> Iterator[None]:
     """Raise ``RuntimeError(message)`` where Triton's JIT would compile a kernel."""
+    import triton
 
     def refuse(*_: object, **__: object) -> None:
         raise RuntimeError(message)
 
-    runtime = _knobs().runtime
-    before = runtime.jit_cache_hook
-    runtime.jit_cache_hook = refuse
+    # before Triton 3.4 the hook was an attribute of the class
+    has_knobs = hasattr(triton, "knobs")
+    owner, name = (triton.knobs.runtime, "jit_cache_hook") if has_knobs else (triton.JITFunction, "cache_hook")
+    before = getattr(owner, name)
+    setattr(owner, name, refuse)
     try:
         yield
     finally:
-        runtime.jit_cache_hook = before
-
-
-@functools.cache
-def _knobs() -> Any:
-    import triton
-
-    return triton.knobs
+        setattr(owner, name, before)

@@ -51,7 +51,7 @@ def test_a_kernel_of_each_family_compiles(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("target", offline.TARGETS)
 def test_every_case_of_a_target(target, tmp_path):
-    """No spills; taps in loads of 16 bytes; every configuration that can be chosen on the first."""
+    """No spills; taps in loads of 16 bytes, samples one by one; every configuration that can be chosen on the first."""
     found = compiled(tmp_path, ["--targets", target])
     assert len(found) >= 15
     if target == offline.TARGETS[0]:
@@ -71,3 +71,8 @@ def test_every_case_of_a_target(target, tmp_path):
     for report in held:
         taps = 8 * (report["case"].split("(")[1].split(")")[0].rstrip(",").count(",") + 1)
         assert report["loads"].get("128", 0) >= taps, report
+    # the affinity kernels tell the compiler that samples are contiguous, for the order of the lanes alone
+    gathering = [r for r in found if r["case"].startswith("local_affinity")]
+    assert gathering
+    for report in gathering:
+        assert set(report["loads"]) <= {"16", "32"}, report

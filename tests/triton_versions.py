@@ -57,8 +57,7 @@ def compile_with(version: str) -> list[dict]:
 
 
 def row(version: str, reports: list[dict]) -> str:
-    """Return the table's line: compiled of all for each target, instructions that spill, where the weights are, what was
-    refused first."""
+    """Return the table's line: compiled of all, for each target; spills; where the weights are; the first refusal."""
     cells = [version]
     for target in TARGETS:
         here = [report for report in reports if report["target"] == target]
@@ -81,8 +80,8 @@ def main(argv: list[str]) -> None:
         "# Triton's versions",
         "",
         "Kernels compiled offline, one case each, and their loads from and stores to local memory.",
-        "Propagation keeps a pixel's weights in registers; where the language has no tuples of tensors it reads them again"
-        " for every group of channels.",
+        "Propagation keeps a pixel's weights in registers; where the language has no tuples of tensors it reads them",
+        "again for every group of channels.",
         f"Written by `python -m tests.triton_versions --out docs/triton.md` with Python {sys.version.split()[0]}.",
         "",
         "| Triton | " + " | ".join(TARGETS) + " | spills | weights | first refusal |",

@@ -10,7 +10,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels' modules are imported
 
-from dmsa_kernels import plans, tuning, why_not_triton
+from dmsa_kernels import compat, plans, tuning, why_not_triton
 from dmsa_kernels.refine import eager, reference
 from dmsa_kernels.refine.spec import LCM, PAMR, PAR, AffinitySpec
 
@@ -216,6 +216,22 @@ def test_labels_in_chunks_break_ties_and_let_nan_win(kernels, monkeypatch):
     expected = whole.max(1)
     assert torch.equal(labels, expected.indices)
     assert torch.equal(values.nan_to_num(9.0), expected.values.nan_to_num(9.0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("has_tuples", [True, False])
+def test_weights_held_and_read_again_are_the_same(kernels, monkeypatch, has_tuples):
+    """Before Triton 3.4 the kernel reads the weights for every group of channels, and takes no tuples."""
+    if has_tuples and not compat.triton_has_tuples():
+        pytest.skip("this Triton has no tuples")
+    monkeypatch.setattr(compat, "triton_has_tuples", lambda: has_tuples)
+    assert kernels[1].holds_weights(16) == has_tuples
+    plans.clear()
+    weights = reference.local_affinity(rand(1, 3, 6, 7), [1, 2], fast=False, **constants(PAR))
+    masks = rand(1, 5, 6, 7, seed=1)
+    exact = reference.propagate(weights.double(), masks.double(), [1, 2], 2, None)
+    low = eager.propagate(weights, masks, [1, 2], 2, None)
+    close(kernels[1].propagate(weights, masks, [1, 2], 2, None), exact, low, reach=2)
 
 
 @pytest.mark.slow
