@@ -98,6 +98,46 @@ def test_wide_offsets_change_nothing(monkeypatch, layout):
     assert all(torch.equal(grads[name], wide_grads[name]) for name in grads)
 
 
+@pytest.mark.parametrize("shape", [(2, 2, 16, 8), (1, 1, 32, 16)])
+def test_full_tiles_without_gaps_change_nothing(monkeypatch, shape):
+    from dmsa_kernels.aspp.triton.forward import is_flat
+
+    x, weight, bias = make(shape, [1, 3, 9], layout="nchw")
+
+    check(x, weight, [1, 3, 9], bias, "concat", "triton")
+    grad = torch.randn(shape[0], 3, *shape[1:], generator=torch.Generator().manual_seed(0))
+
+    def run():
+        plans.clear()
+        return differentiate(
+            lambda *a: multi_dilation_dwconv(a[0], a[1], [1, 3, 9], a[2], backend="triton"), x, weight, bias, grad
+        )
+
+    flat = []
+    for module in ("forward", "backward"):
+        name = f"dmsa_kernels.aspp.triton.{module}.is_flat"
+        monkeypatch.setattr(name, lambda plan, *maps: flat.append(is_flat(plan, *maps)) or flat[-1])
+    y, grads = run()
+    assert flat
+    assert all(flat)
+    for module in ("forward", "backward"):
+        monkeypatch.setattr(f"dmsa_kernels.aspp.triton.{module}.is_flat", lambda *_: False)
+    other_y, other_grads = run()
+    assert torch.equal(y, other_y)
+    assert all(torch.equal(grads[name], other_grads[name]) for name in grads)
+
+
+def test_maps_with_gaps_or_part_of_a_tile_are_not_flat():
+    from dmsa_kernels.aspp.triton.forward import is_flat
+
+    plan = launch.Plan(block_p=128, block_c=1, tiles=1, num_warps=1)
+    assert is_flat(plan, torch.empty(2, 3, 16, 8), torch.empty(2, 3, 16, 8)[:, 1:])
+    assert not is_flat(plan, torch.empty(2, 3, 16, 9)[..., :8])
+    assert not is_flat(plan, torch.empty(2, 3, 16, 8), torch.empty(2, 3, 16, 8).to(memory_format=torch.channels_last))
+    assert not is_flat(plan, torch.empty(2, 3, 20, 20))
+    assert not is_flat(plan, torch.empty(2, 3, 16, 1).expand(2, 3, 16, 8))
+
+
 def test_wide_offsets_are_used_where_one_image_passes_2_to_the_31():
     from dmsa_kernels.aspp.triton.forward import needs_wide_offsets
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -16,11 +17,12 @@ from dmsa_kernels.aspp.triton.forward import (
     _dilation,
     _inside,
     _load,
-    _map_offsets,
     _shift,
+    _tile_of_map,
     _tile_pixels,
     dilation_arguments,
     from_branch,
+    is_flat,
     launch_dilations,
     launch_gather,
     launches_of,
@@ -80,6 +82,7 @@ def dwconv_bwd_w_kernel(
     NEED_WEIGHT: tl.constexpr,
     NEED_BIAS: tl.constexpr,
     FULL_C: tl.constexpr,  # channels are a multiple of BLOCK_C
+    FLAT: tl.constexpr,  # of is_flat
     WIDE: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -121,12 +124,17 @@ def dwconv_bwd_w_kernel(
         if i_b < batch:
             first_row = (tile * BLOCK_P) // width
             last_row = tl.minimum(tile * BLOCK_P + BLOCK_P - 1, pixels - 1) // width
-            row, col, m_p = _tile_pixels(tile, width, pixels, BLOCK_P)
-            o_g = _map_offsets(row, col, o_c, stride_grad_h, stride_grad_w, stride_grad_c, WIDE)
-            o_x = _map_offsets(row, col, o_c, stride_x_h, stride_x_w, stride_x_c, WIDE)
+            row, col, m_p = _tile_pixels(tile, width, pixels, BLOCK_P, FLAT)
             p_x = x_ptr + i_b.to(tl.int64) * stride_x_b
+            p_x, o_x = _tile_of_map(
+                p_x, tile, row, col, i_c, stride_x_h, stride_x_w, stride_x_c, BLOCK_P, BLOCK_C, FLAT, WIDE
+            )
+            p_g = grad_ptr + i_b.to(tl.int64) * stride_grad_b
+            p_g, o_g = _tile_of_map(
+                p_g, tile, row, col, i_c, stride_grad_h, stride_grad_w, stride_grad_c, BLOCK_P, BLOCK_C, FLAT, WIDE
+            )
             # [P, C]: 0 for pixels beyond the map, which take the last pixel's x
-            b_g = _load(grad_ptr + i_b.to(tl.int64) * stride_grad_b + o_g, m_p, m_c, True, FULL_C).to(tl.float32)
+            b_g = _load(p_g + o_g, m_p, m_c, not FLAT, FULL_C).to(tl.float32)
             if NEED_BIAS:
                 bias_sum += b_g
             if NEED_WEIGHT:
@@ -287,6 +295,7 @@ def _weight_schedule(
         NEED_WEIGHT=partial_w is not None,
         NEED_BIAS=partial_bias is not None,
         FULL_C=channels % plan.block_c == 0,
+        FLAT=is_flat(plan, x, grad),
         WIDE=needs_wide_offsets(x, 0, grad, branch_stride, branches, max(height, width)),
         BLOCK_P=plan.block_p,
         BLOCK_C=plan.block_c,
@@ -300,38 +309,40 @@ def _rows_of_a_program(kernel_size: int, need_weight: bool) -> int:
 
 def offline_cases() -> Iterator[OfflineCase]:
     """List the launches for compilation without a device: the training maps of the method."""
-    batch, channels, size, branches = 32, 384, 20, 4
-    for dtype, name in ((torch.float32, "*fp32"), (torch.bfloat16, "*bf16")):
-        for channels_last in (False, True):
-            for kernel_size in (3, 7):
-                plan = weight_plan(batch, channels, size * size, branches, kernel_size, dtype, channels_last)
-                constants: dict[str, object] = {
-                    "R": branches,
-                    "K": kernel_size,
-                    "ROWS": _rows_of_a_program(kernel_size, True),
-                    "NEED_WEIGHT": True,
-                    "NEED_BIAS": True,
-                    "FULL_C": True,
-                    "WIDE": False,
-                    "BLOCK_P": plan.block_p,
-                    "BLOCK_C": plan.block_c,
-                }
-                for side, width in (("x", channels), ("grad", branches * channels)):
-                    if channels_last:
-                        constants |= {f"stride_{side}_c": 1, f"stride_{side}_w": width, "channels": channels}
-                        constants |= {f"stride_{side}_h": width * size, f"stride_{side}_b": width * size * size}
-                    else:
-                        constants |= {f"stride_{side}_w": 1}
-                yield OfflineCase(
-                    f"dwconv_bwd_w {name[1:]} {'channels_last' if channels_last else 'nchw'} k={kernel_size} {plan}",
-                    dwconv_bwd_w_kernel,
-                    {
-                        "grad_ptr": name,
-                        "x_ptr": name,
-                        "grad_w_ptr": "*fp32",
-                        "grad_bias_ptr": "*fp32",
-                    },
-                    constants,
-                    num_warps=plan.num_warps,
-                    every_target=kernel_size == 3 and channels_last == (dtype == torch.bfloat16),
-                )
+    batch, channels, branches = 32, 384, 4
+    types = (torch.float32, "*fp32"), (torch.bfloat16, "*bf16")
+    shapes = (False, 3, 20), (False, 7, 20), (True, 3, 20), (True, 7, 20), (False, 3, 128)
+    for (dtype, name), (channels_last, kernel_size, size) in itertools.product(types, shapes):
+        plan = weight_plan(batch, channels, size * size, branches, kernel_size, dtype, channels_last)
+        constants: dict[str, object] = {
+            "R": branches,
+            "K": kernel_size,
+            "ROWS": _rows_of_a_program(kernel_size, True),
+            "NEED_WEIGHT": True,
+            "NEED_BIAS": True,
+            "FULL_C": True,
+            "FLAT": not channels_last and size * size % plan.block_p == 0,
+            "WIDE": False,
+            "BLOCK_P": plan.block_p,
+            "BLOCK_C": plan.block_c,
+        }
+        for side, width in (("x", channels), ("grad", branches * channels)):
+            if channels_last:
+                constants |= {f"stride_{side}_c": 1, f"stride_{side}_w": width, "channels": channels}
+                constants |= {f"stride_{side}_h": width * size, f"stride_{side}_b": width * size * size}
+            else:
+                constants |= {f"stride_{side}_w": 1}
+        yield OfflineCase(
+            f"dwconv_bwd_w {name[1:]} {'channels_last' if channels_last else 'nchw'} k={kernel_size} {size}x{size}"
+            f" {plan}",
+            dwconv_bwd_w_kernel,
+            {
+                "grad_ptr": name,
+                "x_ptr": name,
+                "grad_w_ptr": "*fp32",
+                "grad_bias_ptr": "*fp32",
+            },
+            constants,
+            num_warps=plan.num_warps,
+            every_target=kernel_size == 3 and channels_last == (dtype == torch.bfloat16),
+        )

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dmsa_kernels import plans
-from dmsa_kernels.aspp.launch import gather_plan
+from dmsa_kernels.aspp.launch import Plan, gather_plan
 from dmsa_kernels.aspp.layout import empty_map, is_channels_last
 from dmsa_kernels.tuning import OfflineCase
 
@@ -18,13 +18,14 @@ MOST_BRANCHES = 8  # of a launch: Triton before 3.3 takes no tuple of arguments,
 
 
 @triton.jit
-def _tile_pixels(tile, width, pixels, BLOCK_P: tl.constexpr):
+def _tile_pixels(tile, width, pixels, BLOCK_P: tl.constexpr, FULL: tl.constexpr):
     """Return row and column of a tile's pixels [P], and which of them exist.
 
-    Pixels beyond the map take the last one's coordinates, so that their loads need no mask of their own.
+    Pixels beyond the map take the last one's coordinates, so that their loads need no mask of their own; a FULL tile
+    has none.
     """
     o_p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
-    o_inside = tl.minimum(o_p, pixels - 1)
+    o_inside = o_p if FULL else tl.minimum(o_p, pixels - 1)
     row = o_inside // width
     return row, o_inside - row * width, o_p < pixels
 
@@ -49,6 +50,36 @@ def _shift(dy, dx, stride_h, stride_w, WIDE: tl.constexpr):
         return (zero + dy) * stride_h + (zero + dx) * stride_w
     else:
         return dy * stride_h + dx * stride_w
+
+
+@triton.jit
+def _tile_of_map(
+    map_ptr,
+    tile,
+    row,
+    col,
+    i_c,
+    stride_h,
+    stride_w,
+    stride_c,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    FLAT: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Return a pointer and the offsets [P, C] from it of a tile's pixels and channels.
+
+    FLAT: the pixels follow each other without a gap. The offsets are then known at compile time but for the thread's
+    number, so that a tap's loads differ in their immediate operands and share one address.
+    """
+    o_block = tl.arange(0, BLOCK_C)
+    if FLAT:
+        # Adjacent lanes take adjacent pixels: four a lane, as the compiler would choose, are four wavefronts a tap.
+        o_p = tl.max_contiguous(tl.arange(0, BLOCK_P), 1)
+        start = _shift(tile * BLOCK_P, i_c * BLOCK_C, stride_w, stride_c, WIDE)
+        return map_ptr + start, (o_p * stride_w)[:, None] + (o_block * stride_c)[None, :]
+    else:
+        return map_ptr, _map_offsets(row, col, i_c * BLOCK_C + o_block, stride_h, stride_w, stride_c, WIDE)
 
 
 @triton.jit
@@ -252,6 +283,7 @@ def dwconv_fwd_kernel(
     HAS_BIAS: tl.constexpr,
     CHANNELS_FASTEST: tl.constexpr,
     FULL_C: tl.constexpr,  # channels are a multiple of BLOCK_C
+    FLAT: tl.constexpr,  # of is_flat
     WIDE: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -282,13 +314,17 @@ def dwconv_fwd_kernel(
         if first < pixels:
             first_row = first // width
             last_row = tl.minimum(first + BLOCK_P - 1, pixels - 1) // width
-            row, col, m_p = _tile_pixels(tile, width, pixels, BLOCK_P)
-            o_x = _map_offsets(row, col, o_c, stride_x_h, stride_x_w, stride_x_c, WIDE)
-            o_y = _map_offsets(row, col, o_c, stride_y_h, stride_y_w, stride_y_c, WIDE)
+            row, col, m_p = _tile_pixels(tile, width, pixels, BLOCK_P, FLAT)
+            p_x_tile, o_x = _tile_of_map(
+                x_ptr, tile, row, col, i_c, stride_x_h, stride_x_w, stride_x_c, BLOCK_P, BLOCK_C, FLAT, WIDE
+            )
+            p_y_tile, o_y = _tile_of_map(
+                y_ptr, tile, row, col, i_c, stride_y_h, stride_y_w, stride_y_c, BLOCK_P, BLOCK_C, FLAT, WIDE
+            )
             mask = m_p[:, None] if FULL_C else m_p[:, None] & m_c[None, :]
             total = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
             if SHARED and K == 3:
-                b_centre = _load(x_ptr + o_x, m_p, m_c, False, FULL_C).to(tl.float32)
+                b_centre = _load(p_x_tile + o_x, m_p, m_c, False, FULL_C).to(tl.float32)
             for r in tl.static_range(R):
                 p_w = w_ptr + r * K * K * channels
                 if K == 3 and CHANNELS_FASTEST:
@@ -302,8 +338,8 @@ def dwconv_fwd_kernel(
                     )
                 else:
                     acc = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
-                p_x = x_ptr + _shift(r, 0, stride_x_r, 0, WIDE)
-                p_y = y_ptr + _shift(r, 0, stride_y_r, 0, WIDE)
+                p_x = p_x_tile + _shift(r, 0, stride_x_r, 0, WIDE)
+                p_y = p_y_tile + _shift(r, 0, stride_y_r, 0, WIDE)
                 acc = _add_taps(
                     acc,
                     p_x,
@@ -337,7 +373,7 @@ def dwconv_fwd_kernel(
                     tl.store(p_y + o_y, b_y, mask=mask, eviction_policy="evict_first")
             if SUM:
                 b_y = total.to(y_ptr.dtype.element_ty)
-                tl.store(y_ptr + o_y, b_y, mask=mask, eviction_policy="evict_first")
+                tl.store(p_y_tile + o_y, b_y, mask=mask, eviction_policy="evict_first")
         t += 1
 
 
@@ -502,9 +538,17 @@ def _gather_schedule(
         HAS_BIAS=bias is not None,
         CHANNELS_FASTEST=channels_last,
         FULL_C=channels % plan.block_c == 0,
+        FLAT=is_flat(plan, source, out),
         WIDE=wide,
         BLOCK_P=plan.block_p,
         BLOCK_C=plan.block_c,
+    )
+
+
+def is_flat(plan: Plan, *maps: Tensor) -> bool:
+    """Whether the pixels of channels-first maps follow each other without a gap and fill their tiles."""
+    return all(
+        m.stride(3) == 1 and m.stride(2) == m.shape[3] and m.shape[2] * m.shape[3] % plan.block_p == 0 for m in maps
     )
 
 
@@ -538,12 +582,13 @@ def offline_cases() -> Iterator[OfflineCase]:
             yield _offline_case(dtype, layout, 3, False, every_target=(dtype, layout) in full)
             yield _offline_case(dtype, layout, 3, True, every_target=False)
     yield _offline_case(torch.float32, "channels_last", 7, False, every_target=False)
+    yield _offline_case(torch.float32, "nchw", 3, False, every_target=True, size=128)
 
 
 def _offline_case(
-    dtype: torch.dtype, layout: str, kernel_size: int, joined: bool, *, every_target: bool
+    dtype: torch.dtype, layout: str, kernel_size: int, joined: bool, *, every_target: bool, size: int = 20
 ) -> OfflineCase:
-    batch, channels, size = 32, 384, 20
+    batch, channels = 32, 384
     name = "*fp32" if dtype == torch.float32 else "*bf16"
     channels_last = layout == "channels_last"
     plan = gather_plan(batch, channels, size * size, kernel_size, dtype, channels_last)
@@ -556,6 +601,7 @@ def _offline_case(
         "HAS_BIAS": not joined,
         "CHANNELS_FASTEST": channels_last,
         "FULL_C": True,
+        "FLAT": not channels_last and size * size % plan.block_p == 0,
         "WIDE": False,
         "BLOCK_P": plan.block_p,
         "BLOCK_C": plan.block_c,
