@@ -6,6 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_flatten
 
 from dmsa_kernels import PAMR, PAR
+from dmsa_kernels.compat import TORCH
 from dmsa_kernels.refine import local_affinity, ops, propagate, refine
 from tests.helpers import LargestTensor, registered, require_backend
 
@@ -151,11 +152,13 @@ def test_results_have_the_strides_that_the_fakes_promise(backend):
 
 
 @registered
-def test_modules_compile():
+@pytest.mark.parametrize("module", [PAR([1, 2], 2), PAMR(2, [1, 2])], ids=["PAR", "PAMR"])
+def test_modules_compile(module):
+    """The compiler of torch 2.4 takes an inherited method of PAR for an overridden one, and breaks the graph there."""
     image, _, masks = _tensors()
-    for module in (PAR([1, 2], 2), PAMR(2, [1, 2])):
-        compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-        assert torch.equal(compiled(image, masks), module(image, masks))
+    whole = TORCH >= (2, 6) or isinstance(module, PAMR)
+    compiled = torch.compile(module, fullgraph=whole, backend="aot_eager")
+    assert torch.equal(compiled(image, masks), module(image, masks))
 
 
 @registered
