@@ -20,8 +20,8 @@ KERNELS = (
 FAMILY = (
     ["warmup"],
     ["modules", "convert"],
-    ["functional", "fitted"],
-    ["certainty"],
+    ["fitted"],
+    ["functional", "certainty"],
     ["ops"],
     ["eager", "reference", "triton", "resize"],
     ["padded"],

@@ -8,7 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from dmsa_kernels.refine.certainty import CertaintyAnchor
+from dmsa_kernels.refine.checks import anchor_map, check_cells, check_image, check_masks, check_stride
+from dmsa_kernels.refine.functional import refine
+from dmsa_kernels.refine.resize import halved, resize
 from dmsa_kernels.refine.spec import LCM, AffinitySpec
 
 SMALLEST, LARGEST = 4, 64
@@ -60,3 +65,48 @@ def fitted_preset(stride: float | Sequence[float]) -> FittedPreset:
     # a walk of twice the distance takes four times the steps; 20 cost less than PAR does
     steps = round(10 * min(max(side / REACH, 1) ** 2, 2))
     return FittedPreset((tuple(sorted(far)), steps), tuple(sorted(near)), 5)
+
+
+def refine_twice(
+    image: Tensor,
+    masks: Tensor,
+    far: tuple[Sequence[int], int],
+    near: tuple[Sequence[int], int],
+    *,
+    stride: float | Sequence[float] | None,
+    anchor: float | Tensor,
+    valid_classes: Tensor | None = None,
+    return_labels: bool = False,
+    **options: Any,
+) -> Any:
+    """Refine at half the image's size, then at full size.
+
+    Args:
+        image: guide, ``[B, K, H, W]``.
+        masks: ``[B, C, h, w]``.
+        far: dilations, in pixels of the halved image, and iterations of the first pass.
+        near: those of the second pass, at full size.
+        stride, anchor, valid_classes, return_labels: as in :func:`dmsa_kernels.refine`.
+        **options: ``spec``, ``precision`` and ``backend`` of both passes.
+
+    Returns:
+        What :func:`dmsa_kernels.refine` returns, at the image's size.
+    """
+    check_image(image)
+    check_masks(masks, "image", image.shape[0], image.device)
+    given, size, cell = masks.shape[2:], image.shape[2:], check_stride(stride, "masks")
+    if cell is not None:
+        check_cells(masks, cell, size)
+    hold = anchor_map(anchor, masks, size, given)
+    if hold is not None and hold.shape[2:] != size:
+        hold = resize(hold, size, cell)
+    half = halved(image, given, cell)
+    if cell is None:
+        masks = halved(resize(masks, size, None), size, None)
+    else:
+        masks = resize(masks, half.shape[2:], [side / 2 for side in cell])
+    options["valid_classes"] = valid_classes
+    first = 0.0 if hold is None else halved(hold, given, cell)
+    coarse: Any = refine(half, masks, *far, resize="none", anchor=first, **options)
+    second = 0.0 if hold is None else hold
+    return refine(image, coarse, *near, stride=2, anchor=second, return_labels=return_labels, **options)

@@ -17,19 +17,10 @@ from torch import Tensor, nn
 
 from dmsa_kernels.compat import is_compiling
 from dmsa_kernels.refine import spec as presets
-from dmsa_kernels.refine.checks import (
-    anchor_map,
-    check_cells,
-    check_dilations,
-    check_image,
-    check_masks,
-    check_options,
-    check_stride,
-)
-from dmsa_kernels.refine.fitted import fitted_preset
+from dmsa_kernels.refine.checks import check_dilations, check_options
+from dmsa_kernels.refine.fitted import fitted_preset, refine_twice
 from dmsa_kernels.refine.functional import refine
 from dmsa_kernels.refine.reference import neighbour
-from dmsa_kernels.refine.resize import halved, resize
 from dmsa_kernels.refine.spec import NEIGHBOUR_OFFSETS, AffinitySpec, offsets, resolve_spec
 
 if TYPE_CHECKING:
@@ -294,29 +285,11 @@ class PAR(_WithNeighbours):
     def _compute(self, image: Tensor, masks: Tensor, anchor: float | Tensor, **options: Any) -> Any:
         if self.far is None:
             return super()._compute(image, masks, anchor, **options)
-        check_image(image)
-        check_masks(masks, "image", image.shape[0], image.device)
         if self.resize != "masks":
             raise ValueError(f"resize={self.resize!r} must be 'masks' with settings of for_stride")
-        size, cell = image.shape[2:], check_stride(self.stride, self.resize)
-        if cell is not None:
-            check_cells(masks, cell, size)
-        hold = anchor_map(anchor, masks, size, masks.shape[2:])
-        if hold is not None and hold.shape[2:] != size:
-            hold = resize(hold, size, cell)
-        given = masks.shape[2:]
-        half = halved(image, given, cell)
-        if cell is None:
-            masks = halved(resize(masks, size, None), size, None)
-        else:
-            masks = resize(masks, half.shape[2:], [side / 2 for side in cell])
-        dilations, num_iter = self.far
-        same: dict[str, Any] = {"spec": self.spec, "precision": self.precision, "backend": self.backend}
-        first = 0.0 if hold is None else halved(hold, given, cell)
-        valid = options.get("valid_classes")
-        coarse: Any = refine(half, masks, dilations, num_iter, resize="none", anchor=first, valid_classes=valid, **same)
-        second = 0.0 if hold is None else hold
-        return refine(image, coarse, self.dilations, self.num_iter, stride=2, anchor=second, **same, **options)
+        constants: dict[str, Any] = {"spec": self.spec, "precision": self.precision, "backend": self.backend}
+        near = (self.dilations, self.num_iter)
+        return refine_twice(image, masks, self.far, near, stride=self.stride, anchor=anchor, **constants, **options)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.far is None else f", far={self.far}")
