@@ -17,6 +17,9 @@ class PretrainConfig:
     """Run folder: checkpoint, metrics, encoder.safetensors, report.json. The same command again resumes."""
     encoder: str = "shapes_vit_tiny"
     """Any timm ViT by name, or `shapes_vit_tiny`; for the recipe `hybrid`, `hybrid:NAME` with any timm CNN by name."""
+    start: str | None = None
+    """Weights to begin with: a file such as `encoder.safetensors`, or `shipped`, the package's of `shapes_vit_tiny`;
+    untrained if unset."""
     images: str | None = None
     """Folder of images, searched recursively (all recipes but `formula`)."""
     teacher: str | None = None

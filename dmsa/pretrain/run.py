@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -14,9 +15,9 @@ from torch import nn
 
 from dmsa import distributed
 from dmsa.files import claim_outputs, write_atomically
-from dmsa.models.encoder import check_architecture
+from dmsa.models.encoder import Encoder, check_architecture, load_weights
 from dmsa.models.hybrid import HYBRID, hybrid_vit
-from dmsa.models.shapes_vit import shapes_vit_tiny
+from dmsa.models.shapes_vit import WEIGHTS, shapes_vit_tiny
 from dmsa.pretrain import dino, distil, formula, hybrid
 from dmsa.pretrain.config import PretrainConfig
 from dmsa.pretrain.loop import run
@@ -53,6 +54,18 @@ def build_backbone(name: str, size: int) -> VisionTransformer:
     if size % patch:
         raise ValueError(f"{size=}: expected a multiple of the patch size of {name}, {patch}")
     return vit
+
+
+def begin_with(vit: VisionTransformer, start: str, name: str) -> None:
+    """Fill `vit` from a file, or from the one in the package if `start` is "shipped".
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: Weights of another network.
+    """
+    filled = Encoder(copy.deepcopy(vit))  # which freezes what it holds
+    load_weights(filled, WEIGHTS if start == "shipped" else start, name)
+    vit.load_state_dict(filled.vit.state_dict())
 
 
 def save_encoder(vit: nn.Module, path: Path) -> None:
@@ -93,6 +106,8 @@ def _pretrain(config: PretrainConfig) -> dict[str, object]:
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     vit = build_backbone(config.encoder, config.size)
+    if config.start is not None:
+        begin_with(vit, config.start, config.encoder)
     recipes = {"formula": formula.build, "dino": dino.build, "distil": distil.build, "hybrid": hybrid.build}
     build = recipes[config.recipe]
     modules, loss_of_step, after_step = build(config, vit)
@@ -104,10 +119,10 @@ def _pretrain(config: PretrainConfig) -> dict[str, object]:
         )
     )
     free = {"out", "steps", "cooldown", "threads", "checkpoint_minutes", "log_every", "stop_after"}
-    free |= {"report_pictures", "report_root"}
+    free |= {"report_pictures", "report_root", *(() if config.start else ("start",))}
     settings = {"version": VERSION, **{key: value for key, value in asdict(config).items() if key not in free}}
     report: dict[str, object] = {"settings": asdict(config)}
-    distributed.on_main(lambda: _measure(config, vit, "untrained", report))
+    distributed.on_main(lambda: _measure(config, vit, "start" if config.start else "untrained", report))
     figures: dict[str, float] = {}
     modules.train()
     for figures in run(

@@ -506,6 +506,23 @@ def test_any_timm_vit_and_the_saved_file_loads(tmp_path):
     build_backbone("test_vit", 32).load_state_dict(state)
 
 
+@pytest.mark.parametrize("recipe", ["formula", "dino"])
+def test_begins_with_given_weights(recipe, photos, tmp_path):
+    """A step at a rate of nothing leaves them as they are, up to the file's 16 bits; training goes on from them."""
+    from safetensors.torch import load_file
+
+    shipped = load_file(WEIGHTS)
+    config = {**TINY, "recipe": recipe, "steps": 1, "weight_decay": 0.0, "start": "shipped"}
+    config |= {"images": str(photos)} if recipe == "dino" else {}
+    pretrain(PretrainConfig(**config, lr=1e-12, out=str(tmp_path / "same")))
+    same = load_file(tmp_path / "same" / "encoder.safetensors")
+    assert same.keys() == shipped.keys()
+    assert all(torch.allclose(same[key].float(), shipped[key].float(), atol=1e-3) for key in shipped)
+    pretrain(PretrainConfig(**config, lr=1e-2, out=str(tmp_path / "on")))
+    on = load_file(tmp_path / "on" / "encoder.safetensors")
+    assert not any(torch.equal(on[key], shipped[key]) for key in shipped if key.endswith("attn.qkv.weight"))
+
+
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
     config = {**TINY, "batch": 2, "steps": 1, "out": str(tmp_path)}
     pretrain(PretrainConfig(**config, categories=7))
@@ -539,6 +556,8 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
             "other weights than those of test_resnet",
         ),
         (["--encoder", "resnet18"], "encoder='resnet18'"),
+        (["--start", "no.safetensors"], "no.safetensors does not exist"),
+        (["--start", "shipped", "--encoder", "test_vit"], "another architecture than 'test_vit'"),
         (["--size", "30"], "multiple of the patch size"),
         (["--recipe", "hybrid", "--images", "{photos}"], "needs hybrid:NETWORK"),
         (["--recipe", "hybrid", "--images", "{photos}", "--encoder", "hybrid:resnet51"], "network 'resnet51'"),
