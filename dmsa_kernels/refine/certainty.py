@@ -60,7 +60,8 @@ def certainty(masks: Tensor, valid_classes: Tensor | None = None) -> Tensor:
     noise = _noise(planes, valid) / apart
     # beyond 4 nothing is left of it, and the power stays in range
     sure = clear / (1 + (noise / NOISE).clamp(max=4.0) ** STEEPNESS)
-    return torch.where(highest > lowest, sure, 0.0)
+    # equal planes of several classes leave 0 / 0, also where they vary over the image
+    return torch.where((highest > lowest) & (apart > 0), sure, 0.0)
 
 
 def _bordered(planes: Tensor) -> Tensor:

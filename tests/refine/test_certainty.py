@@ -58,6 +58,12 @@ def test_one_hot_regions_are_sure_and_equal_masks_are_not():
     assert certainty(torch.full((2, 4, 8, 8), 0.25)).flatten().tolist() == [0, 0]
 
 
+def test_classes_with_equal_masks_that_vary_are_not_sure():
+    ramp = torch.arange(12.0).expand(1, 2, 8, 12)
+    assert certainty(ramp).item() == 0
+    assert PAR.for_stride(8)(torch.rand(1, 3, 64, 96), ramp).isfinite().all()
+
+
 def test_a_single_class_is_compared_with_its_minimum():
     masks = rand(2, 1, 6, 7).cumsum(2)
     for i in range(2):
