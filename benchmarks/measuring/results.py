@@ -115,8 +115,13 @@ def read_csv(path: str | Path) -> list[Result]:
 
 
 def result_files(folder: Path = RESULTS) -> list[Path]:
-    """Return the result files of a folder, by name; tables of scores (``*_shapes.csv``, ``shapes_*.csv``) are none."""
-    return [path for path in sorted(folder.glob("*.csv")) if "shapes" not in path.stem.split("_")]
+    """Return the result files of a folder, by name; other tables that lie there (scores of training) have no family."""
+    return [path for path in sorted(folder.glob("*.csv")) if "family" in _columns(path)]
+
+
+def _columns(path: Path) -> list[str]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return next(csv.reader(file), [])
 
 
 def _result(line: dict[str, str]) -> Result:

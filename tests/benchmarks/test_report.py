@@ -196,6 +196,13 @@ def test_the_plot_is_drawn_from_the_sweeps(tmp_path):
     assert not draw([("cpu", [make()])], tmp_path / "none.png")
 
 
+def test_tables_of_scores_are_no_result_files(tmp_path):
+    write_csv([make()], tmp_path / "card.csv")
+    (tmp_path / "any_scores.csv").write_text("method,seed,miou,accuracy,boundary\n")
+    (tmp_path / "empty.csv").write_text("")
+    assert result_files(tmp_path) == [tmp_path / "card.csv"]
+
+
 def test_the_committed_results_are_read(capsys):
     """Tables of scores lie in the same folder; neither the report nor the cost model may stumble over them."""
     from benchmarks.modelling import cost_model
