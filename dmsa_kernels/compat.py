@@ -10,7 +10,7 @@ import contextlib
 import functools
 import importlib.metadata
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -53,6 +53,8 @@ def operator(
 ) -> Callable[..., Any]:
     """Make the operator ``dmsa_kernels::<schema>`` and return what calls it, with positional arguments.
 
+    A call that the dispatcher would only hand on to ``implementation`` goes there at once (:func:`_is_direct`).
+
     Args:
         schema: name, arguments and results in PyTorch's schema language.
         implementation: computes the results, on any device.
@@ -68,7 +70,41 @@ def operator(
     torch.library.register_fake(f"dmsa_kernels::{name}", fake, lib=_LIBRARY)
     if backward is not None:
         torch.library.register_autograd(f"dmsa_kernels::{name}", backward, setup_context=setup, lib=_LIBRARY)
-    return getattr(torch.ops.dmsa_kernels, name).default
+    registered = getattr(torch.ops.dmsa_kernels, name).default
+
+    @functools.wraps(implementation)
+    def call(*args: Any) -> Any:
+        return implementation(*args) if _is_direct(args) else registered(*args)
+
+    return call
+
+
+def _is_direct(args: Sequence[Any]) -> bool:
+    """Whether nobody asks for a gradient of the call, traces, transforms, profiles or fakes it; it saves 30 us."""
+    if is_compiling() or _is_watched():
+        return False
+    graph = torch.is_grad_enabled()
+    return all(
+        type(arg) in (Tensor, torch.nn.Parameter)
+        and arg.device.type in ("cpu", "cuda")
+        and not (graph and arg.requires_grad)
+        and not arg.is_neg()
+        for arg in args
+        if isinstance(arg, Tensor)
+    )
+
+
+def _is_watched() -> bool:
+    """Whether a mode, a transform of ``torch.func``, a tracer or the profiler is on. These names are not public."""
+    try:
+        return bool(
+            torch._C._len_torch_dispatch_stack()
+            or torch._C._functorch.peek_interpreter_stack() is not None
+            or torch._C._get_tracing_state() is not None
+            or torch._C._autograd._profiler_enabled()
+        )
+    except AttributeError:
+        return True
 
 
 def _function(

@@ -14,6 +14,8 @@ from dmsa_kernels.aspp import ops
 from tests.aspp.test_functional import DMSA_RATES, make
 from tests.helpers import registered
 
+OPS = torch.ops.dmsa_kernels
+
 
 @registered
 @pytest.mark.parametrize("layout", ["nchw", "tokens", "sliced"])
@@ -21,7 +23,7 @@ from tests.helpers import registered
 def test_opcheck_forward(layout, reduce):
     x, weight, bias = make((2, 3, 6, 5), [1, 3], layout=layout)
     leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
-    torch.library.opcheck(ops.multi_dilation_dwconv, (*leaves, [1, 3], reduce, "eager"))
+    torch.library.opcheck(OPS.multi_dilation_dwconv.default, (*leaves, [1, 3], reduce, "eager"))
 
 
 @registered
@@ -41,7 +43,9 @@ def test_fake_strides_of_degenerate_maps(shape, layout, rates):
 def test_opcheck_backward(needs, layout):
     x, weight, _ = make((2, 3, 6, 5), [1, 3], layout=layout)
     grad = torch.randn(2, 6, 6, 5)
-    torch.library.opcheck(ops.multi_dilation_dwconv_backward, (grad, x, weight, [1, 3], "concat", *needs, "eager"))
+    torch.library.opcheck(
+        OPS.multi_dilation_dwconv_backward.default, (grad, x, weight, [1, 3], "concat", *needs, "eager")
+    )
 
 
 @registered

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from dmsa_kernels import DepthwiseASPP, plans, why_not_triton
-from dmsa_kernels.aspp import fused_dwconv_project, launch, ops
+from dmsa_kernels.aspp import fused_dwconv_project, launch
 from dmsa_kernels.aspp.layout import is_channels_last
 from tests.aspp.budget import assert_within_budget, plain, require_convolution
 from tests.aspp.test_functional import make
@@ -207,7 +207,8 @@ def test_opcheck(layout, present):
     x, weight, projection, bias, offset = (t.detach().requires_grad_() for t in (x, weight, projection, bias, offset))
     if not present:
         bias = offset = None
-    torch.library.opcheck(ops.fused_dwconv_project, (x, weight, bias, projection, offset, [1, 3], "eager"))
+    operator = torch.ops.dmsa_kernels.fused_dwconv_project.default
+    torch.library.opcheck(operator, (x, weight, bias, projection, offset, [1, 3], "eager"))
 
 
 @pytest.mark.parametrize("backend", ["eager", "reference"])
