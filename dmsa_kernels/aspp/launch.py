@@ -58,15 +58,16 @@ def power_of_two(value: int) -> int:
 
 
 def gather_plan(
-    batch: int, channels: int, pixels: int, kernel_size: int, dtype: torch.dtype, channels_last: bool
+    batch: int, channels: int, height: int, width: int, kernel_size: int, dtype: torch.dtype, channels_last: bool
 ) -> Plan:
-    """Return the plan of the forward kernel and of the input gradient, for ``[batch, channels, pixels]``.
+    """Return the plan of the forward kernel and of the input gradient, for ``[batch, channels, height, width]``.
 
     Channels last, a thread holds 8 values: one 16-byte vector of 16-bit channels, two of float32; half of that where
     filters are larger than 3 x 3, or their loads in flight spill registers. Channels first, see :func:`_plane_tile`.
     """
+    pixels = height * width
     if not channels_last:
-        block_p, num_warps = _plane_tile(pixels, dtype, kernel_size)
+        block_p, num_warps = _plane_tile(height, width, dtype, kernel_size)
         if pixels % 256 == 0:  # full tiles without gaps share one address a tap, best of 4 pixels a thread
             block_p = min(block_p, 256)
         block_c = 1
@@ -86,14 +87,22 @@ def gather_plan(
 
 
 def weight_plan(
-    batch: int, channels: int, pixels: int, branches: int, kernel_size: int, dtype: torch.dtype, channels_last: bool
+    batch: int,
+    channels: int,
+    height: int,
+    width: int,
+    branches: int,
+    kernel_size: int,
+    dtype: torch.dtype,
+    channels_last: bool,
 ) -> Plan:
     """Return the plan of the weight gradient: ``tiles`` tiles of any image make one partial sum.
 
     A program keeps one running sum a tap and value; fewer values a thread make room for more taps.
     """
+    pixels = height * width
     if not channels_last:
-        block_p, num_warps = _plane_tile(pixels, dtype, kernel_size)
+        block_p, num_warps = _plane_tile(height, width, dtype, kernel_size)
         block_c = 1
     else:
         num_warps = 4
@@ -105,16 +114,20 @@ def weight_plan(
     return Plan(block_p, block_c, -(-total // splits), num_warps)
 
 
-def _plane_tile(pixels: int, dtype: torch.dtype, kernel_size: int) -> tuple[int, int]:
+def _plane_tile(height: int, width: int, dtype: torch.dtype, kernel_size: int) -> tuple[int, int]:
     """Return the pixels and warps of a tile of one channel's plane.
 
     The warps of a program share their plane's lines in the first-level cache; of small planes, a multiprocessor holds
     one a warp. Programs of one warp then leave the fewest lanes beyond the end of the plane, and 4 pixels a thread
-    share the addresses of a filter row. Larger planes' rows pay for 8.
+    share the addresses of a filter row. Rows of a multiple of 128 pixels are cut into such tiles: whether a filter's
+    row is inside is then asked once, not for every pixel. Other large planes' rows pay for 8 pixels a thread.
     """
+    pixels = height * width
     if pixels * dtype.itemsize <= PLANE_BYTES:
         return min(max(32, power_of_two(pixels)), 128), 1
-    return (512, 2) if kernel_size == 3 else (256, 2)
+    if kernel_size == 3:
+        return (128, 1) if width % 128 == 0 else (512, 2)
+    return 256, 2
 
 
 def project_plan(out_channels: int, dtype: torch.dtype, channels_last: bool) -> ProjectPlan:

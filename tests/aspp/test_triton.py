@@ -98,11 +98,20 @@ def test_wide_offsets_change_nothing(monkeypatch, layout):
     assert all(torch.equal(grads[name], wide_grads[name]) for name in grads)
 
 
-@pytest.mark.parametrize("shape", [(2, 2, 16, 8), (1, 1, 32, 16)])
-def test_full_tiles_without_gaps_change_nothing(monkeypatch, shape):
-    from dmsa_kernels.aspp.triton.forward import is_flat
+@pytest.mark.parametrize(
+    ("shape", "kernel_size", "property_"),
+    [
+        ((2, 2, 16, 8), 3, "is_flat"),
+        ((1, 1, 32, 16), 3, "is_flat"),
+        ((2, 2, 4, 128), 3, "is_rowwise"),
+        ((1, 1, 3, 256), 5, "is_rowwise"),
+    ],
+)
+def test_full_tiles_and_tiles_in_a_row_change_nothing(monkeypatch, shape, kernel_size, property_):
+    from dmsa_kernels.aspp.triton import forward
 
-    x, weight, bias = make(shape, [1, 3, 9], layout="nchw")
+    asked = getattr(forward, property_)
+    x, weight, bias = make(shape, [1, 3, 9], k=kernel_size, layout="nchw")
 
     check(x, weight, [1, 3, 9], bias, "concat", "triton")
     grad = torch.randn(shape[0], 3, *shape[1:], generator=torch.Generator().manual_seed(0))
@@ -113,15 +122,15 @@ def test_full_tiles_without_gaps_change_nothing(monkeypatch, shape):
             lambda *a: multi_dilation_dwconv(a[0], a[1], [1, 3, 9], a[2], backend="triton"), x, weight, bias, grad
         )
 
-    flat = []
+    answers = []
     for module in ("forward", "backward"):
-        name = f"dmsa_kernels.aspp.triton.{module}.is_flat"
-        monkeypatch.setattr(name, lambda plan, *maps: flat.append(is_flat(plan, *maps)) or flat[-1])
+        name = f"dmsa_kernels.aspp.triton.{module}.{property_}"
+        monkeypatch.setattr(name, lambda plan, *maps: answers.append(asked(plan, *maps)) or answers[-1])
     y, grads = run()
-    assert flat
-    assert all(flat)
+    assert answers
+    assert all(answers)
     for module in ("forward", "backward"):
-        monkeypatch.setattr(f"dmsa_kernels.aspp.triton.{module}.is_flat", lambda *_: False)
+        monkeypatch.setattr(f"dmsa_kernels.aspp.triton.{module}.{property_}", lambda *_: False)
     other_y, other_grads = run()
     assert torch.equal(y, other_y)
     assert all(torch.equal(grads[name], other_grads[name]) for name in grads)
@@ -193,12 +202,13 @@ def test_module_agrees_with_eager():
 @pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(
-    ("batch", "channels", "pixels"),
-    [(2, 1024, 16384), (4, 2048, 4096), (32, 384, 400), (1, 1, 1), (1, 3, 10**7), (43, 384, 784)],
+    ("batch", "channels", "height", "width"),
+    [(2, 1024, 128, 128), (4, 2048, 64, 64), (32, 384, 20, 20), (1, 1, 1, 1), (1, 3, 2500, 4000), (43, 384, 28, 28)],
 )
-def test_plans_cover_the_map(kernel_size, channels_last, dtype, batch, channels, pixels):
-    gather = launch.gather_plan(batch, channels, pixels, kernel_size, dtype, channels_last)
-    weight = launch.weight_plan(batch, channels, pixels, 3, kernel_size, dtype, channels_last)
+def test_plans_cover_the_map(kernel_size, channels_last, dtype, batch, channels, height, width):
+    pixels = height * width
+    gather = launch.gather_plan(batch, channels, height, width, kernel_size, dtype, channels_last)
+    weight = launch.weight_plan(batch, channels, height, width, 3, kernel_size, dtype, channels_last)
     for plan in (gather, weight):
         assert plan.tiles >= 1
         for value in (plan.block_p, plan.block_c):

@@ -23,6 +23,7 @@ from dmsa_kernels.aspp.triton.forward import (
     dilation_arguments,
     from_branch,
     is_flat,
+    is_rowwise,
     launch_dilations,
     launch_gather,
     launches_of,
@@ -83,6 +84,7 @@ def dwconv_bwd_w_kernel(
     NEED_BIAS: tl.constexpr,
     FULL_C: tl.constexpr,  # channels are a multiple of BLOCK_C
     FLAT: tl.constexpr,  # of is_flat
+    ROWWISE: tl.constexpr,  # of is_rowwise
     WIDE: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -116,15 +118,14 @@ def dwconv_bwd_w_kernel(
     s_6 = bias_sum
     s_7 = bias_sum
     s_8 = bias_sum
+    i_b = (split * tiles_each) // tiles
+    tile = split * tiles_each - i_b * tiles
     t = 0
     while t < tiles_each:
-        item = split * tiles_each + t
-        i_b = item // tiles
-        tile = item - i_b * tiles
         if i_b < batch:
-            first_row = (tile * BLOCK_P) // width
-            last_row = tl.minimum(tile * BLOCK_P + BLOCK_P - 1, pixels - 1) // width
-            row, col, m_p = _tile_pixels(tile, width, pixels, BLOCK_P, FLAT)
+            row, col, m_p = _tile_pixels(tile, width, pixels, BLOCK_P, FLAT, ROWWISE)
+            first_row = row if ROWWISE else (tile * BLOCK_P) // width
+            last_row = row if ROWWISE else tl.minimum(tile * BLOCK_P + BLOCK_P - 1, pixels - 1) // width
             p_x = x_ptr + i_b.to(tl.int64) * stride_x_b
             p_x, o_x = _tile_of_map(
                 p_x, tile, row, col, i_c, stride_x_h, stride_x_w, stride_x_c, BLOCK_P, BLOCK_C, FLAT, WIDE
@@ -152,14 +153,19 @@ def dwconv_bwd_w_kernel(
                             m_x = m_row
                             if j != K // 2:
                                 m_x = _inside(col, width, dx, j - K // 2)
-                                if ROWS == 1 or i != 1:
+                                if not ROWWISE and (ROWS == 1 or i != 1):
                                     m_x = m_x & m_row
                             p_shifted = p_x + _shift(dy, dx, stride_x_h, stride_x_w, WIDE) + o_x
                             # [P, C]
-                            b_x = _load(p_shifted, m_x, m_c, ROWS == 1 or i * K + j != 4, FULL_C)
+                            b_x = _load(
+                                p_shifted, m_x, m_c, j != K // 2 or (not ROWWISE and (ROWS == 1 or i != 1)), FULL_C
+                            )
                             s_0, s_1, s_2, s_3, s_4, s_5, s_6, s_7, s_8 = _added(
                                 i * K + j, b_g * b_x.to(tl.float32), s_0, s_1, s_2, s_3, s_4, s_5, s_6, s_7, s_8
                             )
+        tile += 1
+        i_b += (tile == tiles).to(tl.int32)
+        tile = tl.where(tile == tiles, 0, tile)
         t += 1
     if NEED_WEIGHT:
         p_w = grad_w_ptr + ((split * R + i_r).to(tl.int64) * K * K + i_group * ROWS * K) * channels
@@ -233,7 +239,7 @@ def _parameter_gradients(
             weight.new_zeros(weight.shape if need_weight else 0),
             weight.new_zeros((branches, channels) if need_bias else 0),
         )
-    plan = weight_plan(batch, channels, height * width, branches, kernel_size, x.dtype, is_channels_last(x))
+    plan = weight_plan(batch, channels, height, width, branches, kernel_size, x.dtype, is_channels_last(x))
     splits = triton.cdiv(batch * triton.cdiv(height * width, plan.block_p), plan.tiles)
     partial_w = x.new_empty(
         (splits, branches, kernel_size, kernel_size, channels) if need_weight else 0, dtype=torch.float32
@@ -296,6 +302,7 @@ def _weight_schedule(
         NEED_BIAS=partial_bias is not None,
         FULL_C=channels % plan.block_c == 0,
         FLAT=is_flat(plan, x, grad),
+        ROWWISE=is_rowwise(plan, x, grad),
         WIDE=needs_wide_offsets(x, 0, grad, branch_stride, branches, max(height, width)),
         BLOCK_P=plan.block_p,
         BLOCK_C=plan.block_c,
@@ -311,9 +318,9 @@ def offline_cases() -> Iterator[OfflineCase]:
     """List the launches for compilation without a device: the training maps of the method."""
     batch, channels, branches = 32, 384, 4
     types = (torch.float32, "*fp32"), (torch.bfloat16, "*bf16")
-    shapes = (False, 3, 20), (False, 7, 20), (True, 3, 20), (True, 7, 20), (False, 3, 128)
+    shapes = (False, 3, 20), (False, 7, 20), (True, 3, 20), (True, 7, 20), (False, 3, 64), (False, 3, 128)
     for (dtype, name), (channels_last, kernel_size, size) in itertools.product(types, shapes):
-        plan = weight_plan(batch, channels, size * size, branches, kernel_size, dtype, channels_last)
+        plan = weight_plan(batch, channels, size, size, branches, kernel_size, dtype, channels_last)
         constants: dict[str, object] = {
             "R": branches,
             "K": kernel_size,
@@ -322,6 +329,7 @@ def offline_cases() -> Iterator[OfflineCase]:
             "NEED_BIAS": True,
             "FULL_C": True,
             "FLAT": not channels_last and size * size % plan.block_p == 0,
+            "ROWWISE": not channels_last and size % plan.block_p == 0,
             "WIDE": False,
             "BLOCK_P": plan.block_p,
             "BLOCK_C": plan.block_c,

@@ -18,15 +18,15 @@ MOST_BRANCHES = 8  # of a launch: Triton before 3.3 takes no tuple of arguments,
 
 
 @triton.jit
-def _tile_pixels(tile, width, pixels, BLOCK_P: tl.constexpr, FULL: tl.constexpr):
+def _tile_pixels(tile, width, pixels, BLOCK_P: tl.constexpr, FULL: tl.constexpr, ROWWISE: tl.constexpr):
     """Return row and column of a tile's pixels [P], and which of them exist.
 
     Pixels beyond the map take the last one's coordinates, so that their loads need no mask of their own; a FULL tile
-    has none.
+    has none. The pixels of a ROWWISE tile are of one row, which is a number.
     """
     o_p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
     o_inside = o_p if FULL else tl.minimum(o_p, pixels - 1)
-    row = o_inside // width
+    row = (tile * BLOCK_P) // width if ROWWISE else o_inside // width
     return row, o_inside - row * width, o_p < pixels
 
 
@@ -183,6 +183,7 @@ def _add_taps(
     stride_tap,
     stride_channel,
     K: tl.constexpr,
+    ROWWISE: tl.constexpr,
     CENTRE: tl.constexpr,
     FULL_C: tl.constexpr,
     WIDE: tl.constexpr,
@@ -209,7 +210,7 @@ def _add_taps(
                     stride_tap,
                     stride_channel,
                     K,
-                    i != 1,
+                    i != 1 and not ROWWISE,
                     CENTRE or i != 1,
                     FULL_C,
                     WIDE,
@@ -236,7 +237,7 @@ def _add_taps(
                     stride_tap,
                     stride_channel,
                     K,
-                    True,
+                    not ROWWISE,
                     True,
                     FULL_C,
                     WIDE,
@@ -284,6 +285,7 @@ def dwconv_fwd_kernel(
     CHANNELS_FASTEST: tl.constexpr,
     FULL_C: tl.constexpr,  # channels are a multiple of BLOCK_C
     FLAT: tl.constexpr,  # of is_flat
+    ROWWISE: tl.constexpr,  # of is_rowwise
     WIDE: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -312,9 +314,9 @@ def dwconv_fwd_kernel(
         tile = band * tiles + t
         first = tile * BLOCK_P
         if first < pixels:
-            first_row = first // width
-            last_row = tl.minimum(first + BLOCK_P - 1, pixels - 1) // width
-            row, col, m_p = _tile_pixels(tile, width, pixels, BLOCK_P, FLAT)
+            row, col, m_p = _tile_pixels(tile, width, pixels, BLOCK_P, FLAT, ROWWISE)
+            first_row = row if ROWWISE else first // width
+            last_row = row if ROWWISE else tl.minimum(first + BLOCK_P - 1, pixels - 1) // width
             p_x_tile, o_x = _tile_of_map(
                 x_ptr, tile, row, col, i_c, stride_x_h, stride_x_w, stride_x_c, BLOCK_P, BLOCK_C, FLAT, WIDE
             )
@@ -359,6 +361,7 @@ def dwconv_fwd_kernel(
                     stride_w_tap,
                     stride_w_c,
                     K,
+                    ROWWISE,
                     not SHARED or K > 3,
                     FULL_C,
                     WIDE,
@@ -500,7 +503,7 @@ def _gather_schedule(
     branches, kernel_size, _, channels = filters.shape
     batch, _, height, width = out.shape
     channels_last = is_channels_last(out)
-    plan = gather_plan(batch, channels, height * width, kernel_size, out.dtype, channels_last)
+    plan = gather_plan(batch, channels, height, width, kernel_size, out.dtype, channels_last)
     blocks = triton.cdiv(channels, plan.block_c)
     bands = triton.cdiv(height * width, plan.block_p * plan.tiles)
     wide = needs_wide_offsets(source, source_branch_stride, out, out_branch_stride, branches, max(height, width))
@@ -539,6 +542,7 @@ def _gather_schedule(
         CHANNELS_FASTEST=channels_last,
         FULL_C=channels % plan.block_c == 0,
         FLAT=is_flat(plan, source, out),
+        ROWWISE=is_rowwise(plan, source, out),
         WIDE=wide,
         BLOCK_P=plan.block_p,
         BLOCK_C=plan.block_c,
@@ -550,6 +554,11 @@ def is_flat(plan: Plan, *maps: Tensor) -> bool:
     return all(
         m.stride(3) == 1 and m.stride(2) == m.shape[3] and m.shape[2] * m.shape[3] % plan.block_p == 0 for m in maps
     )
+
+
+def is_rowwise(plan: Plan, *maps: Tensor) -> bool:
+    """Whether each tile of such maps lies in one row, so that no pixel has to be asked whether its row is inside."""
+    return is_flat(plan, *maps) and maps[0].shape[3] % plan.block_p == 0
 
 
 def needs_wide_offsets(
@@ -582,7 +591,8 @@ def offline_cases() -> Iterator[OfflineCase]:
             yield _offline_case(dtype, layout, 3, False, every_target=(dtype, layout) in full)
             yield _offline_case(dtype, layout, 3, True, every_target=False)
     yield _offline_case(torch.float32, "channels_last", 7, False, every_target=False)
-    yield _offline_case(torch.float32, "nchw", 3, False, every_target=True, size=128)
+    for size in (64, 128):
+        yield _offline_case(torch.float32, "nchw", 3, False, every_target=True, size=size)
 
 
 def _offline_case(
@@ -591,7 +601,7 @@ def _offline_case(
     batch, channels = 32, 384
     name = "*fp32" if dtype == torch.float32 else "*bf16"
     channels_last = layout == "channels_last"
-    plan = gather_plan(batch, channels, size * size, kernel_size, dtype, channels_last)
+    plan = gather_plan(batch, channels, size, size, kernel_size, dtype, channels_last)
     branches = 4
     constants: dict[str, object] = {
         "R": branches,
@@ -602,6 +612,7 @@ def _offline_case(
         "CHANNELS_FASTEST": channels_last,
         "FULL_C": True,
         "FLAT": not channels_last and size * size % plan.block_p == 0,
+        "ROWWISE": not channels_last and size % plan.block_p == 0,
         "WIDE": False,
         "BLOCK_P": plan.block_p,
         "BLOCK_C": plan.block_c,

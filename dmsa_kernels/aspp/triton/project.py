@@ -87,7 +87,7 @@ def dwconv_project_fwd_kernel(
     m_o = o_o < out_channels
     x_ptr += i_b.to(tl.int64) * stride_x_b
     y_ptr += i_b.to(tl.int64) * stride_y_b
-    row, col, m_p = _tile_pixels(tile, width, pixels, BLOCK_P, False)
+    row, col, m_p = _tile_pixels(tile, width, pixels, BLOCK_P, False, False)
     acc = tl.zeros((BLOCK_P, BLOCK_O), dtype=tl.float32)
     # One stage: more would buffer every branch's projection block in shared memory.
     for c in tl.range(0, BLOCKS_C * BLOCK_C, BLOCK_C, num_stages=1):
@@ -115,6 +115,7 @@ def dwconv_project_fwd_kernel(
                 channels,
                 1,
                 K,
+                False,
                 True,
                 FULL_C,
                 WIDE,
