@@ -395,25 +395,39 @@ def test_the_link_between_two_hosts_is_cut(two, two_hosts, tmp_path):
 
 
 @pytest.mark.slow
-def test_pretraining_shares_its_batches(tmp_path):
-    options = "--recipe formula --steps 4 --batch 14 --size 48 --report-pictures 0 --log-every 1"
-    figures = {}
+@pytest.mark.parametrize(
+    ("recipe", "figures"),
+    [
+        ("formula", {"loss", "loss_class", "loss_patch", "loss_attention"}),
+        ("dino", {"loss"}),
+        ("distil", {"loss", "patch_cosine", "class_cosine"}),
+        ("hybrid", {"loss", "whole_cosine", "moved_cosine", "loss_attention"}),
+    ],
+)
+def test_pretraining_shares_its_batches(recipe, figures, photos, strong, tmp_path):
+    options = f"--recipe {recipe} --steps 4 --batch 14 --size 48 --report-pictures 0 --log-every 1".split()
+    options += [] if recipe == "formula" else ["--images", str(photos)]
+    options += ["--teacher", strong["teacher"]] if recipe == "distil" else []
+    options += ["--teacher-weights", strong["teacher_weights"]] if recipe in ("distil", "hybrid") else []
+    options += ["--encoder", f"hybrid:{strong['teacher']}", "--size", "64"] if recipe == "hybrid" else []
+
+    def run(processes):
+        launcher = torchrun(f"--nproc_per_node={processes}", f"--master_port={free_port()}", "-m", "dmsa.cli")
+        command = [*launcher, "pretrain", *options, "--out", str(tmp_path / str(processes))]
+        return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+
+    runs = []
     for processes in (1, 3):
-        out = tmp_path / str(processes)
-        command = torchrun(
-            f"--nproc_per_node={processes}", f"--master_port={free_port()}", "-m", "dmsa.cli", "pretrain"
-        )
-        done = subprocess.run([*command, *options.split(), "--out", str(out)], cwd=ROOT, env=ENVIRONMENT)
-        assert done.returncode == 0
-        figures[processes] = lines(out)
-    assert len(figures[1]) == 4
-    for one, three in zip(figures[1], figures[3], strict=True):
-        for name in ("loss", "loss_class", "loss_patch", "loss_attention"):
+        done = run(processes)
+        assert done.returncode == 0, done.stderr[-3000:]
+        runs.append(lines(tmp_path / str(processes)))
+    assert len(runs[0]) == 4
+    for one, three in zip(*runs, strict=True):
+        assert figures <= set(one)
+        for name in figures:
             assert three[name] == pytest.approx(one[name], abs=1e-3), name
-    command = torchrun("--nproc_per_node=4", f"--master_port={free_port()}", "-m", "dmsa.cli", "pretrain")
-    done = subprocess.run([*command, *options.split(), "--out", str(tmp_path / "4")], cwd=ROOT, env=ENVIRONMENT,
-                          capture_output=True, text=True)  # fmt: skip
-    assert "dmsa pretrain: rank 0 of 4: 4 processes cannot share batches of 3 images (batch=14" in done.stderr
+    if recipe == "formula":
+        assert "dmsa pretrain: rank 0 of 4: 4 processes cannot share batches of 3 images (batch=14" in run(4).stderr
 
 
 class SlowStore:

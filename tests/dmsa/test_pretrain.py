@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
 
 from dmsa.commands.pretrain import main
 from dmsa.data.base import table as data_table
@@ -372,26 +371,6 @@ def test_attention_row_is_the_one_of_the_network():
         last.attn.attn_drop.register_forward_hook(lambda module, inputs, output: seen.append(output))
         vit.forward_features(images)
     torch.testing.assert_close(attention, seen[0][:, :, 0, 1:].mean(1))
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("photos")
-    rng = np.random.default_rng(0)
-    (folder / "deeper").mkdir()
-    for i in range(5):
-        pixels = rng.integers(0, 256, (50 + 10 * i, 70, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / ("deeper" if i % 2 else ".") / f"{i}.png")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def strong(tmp_path_factory):
-    """A network with random weights: name and file."""
-    torch.manual_seed(3)
-    path = tmp_path_factory.mktemp("strong") / "test_efficientnet.pth"
-    torch.save(timm.create_model("test_efficientnet", pretrained=False).state_dict(), path)
-    return {"teacher": "test_efficientnet", "teacher_weights": str(path)}
 
 
 @pytest.mark.parametrize("recipe", ["formula", "dino", "distil", "hybrid"])
