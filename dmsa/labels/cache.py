@@ -31,19 +31,31 @@ def weights_key(module: nn.Module) -> str:
 
 
 def dataset_key(dataset: Any) -> str:
-    """Return a short key of a data set: its name, classes, the names of its images, first and last image."""
+    """Return a short key of a data set: its name, classes, names and file sizes of its images, first and last image.
+
+    An image that is exchanged for another one under its name is noticed by the size of its file: all pixels of a large
+    set would take minutes to read.
+    """
     count = image_count(dataset)
     digest = hashlib.sha256(json.dumps([getattr(dataset, "name", type(dataset).__name__), count]).encode())
     digest.update(json.dumps(list(getattr(dataset, "classes", ()))).encode())
     if hasattr(dataset, "image_name"):
         for index in range(count):
-            digest.update(f"{dataset.image_name(index)}\n".encode())
+            digest.update(f"{dataset.image_name(index)} {_file_size(dataset, index)}\n".encode())
     for index in sorted({0, count - 1}):
         try:
             digest.update(np.ascontiguousarray(dataset.pixels(index)).tobytes())
         except ValueError as error:  # a damaged image is skipped later; its name already is part of the key
             digest.update(type(error).__name__.encode())
     return digest.hexdigest()[:KEY_LENGTH]
+
+
+def _file_size(dataset: Any, index: int) -> int | None:
+    """Return the bytes of an image's file, `None` where it has none or cannot be asked."""
+    try:
+        return dataset.image_path(index).stat().st_size
+    except (AttributeError, TypeError, OSError):  # no files, or made by a rule; a missing file is skipped later
+        return None
 
 
 def image_count(dataset: Any) -> int:

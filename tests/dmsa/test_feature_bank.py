@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from dmsa.config import Config, DataConfig, LabelConfig
+from dmsa.data.folder import Folder
 from dmsa.data.images import CorruptImageError
 from dmsa.data.transforms import MEAN, STD
 from dmsa.labels import feature_bank
+from dmsa.labels.cache import dataset_key
 from dmsa.labels.feature_bank import FeatureBank, build_feature_bank, class_tokens, cut, window_shares, windows
 from tests.dmsa.tiny import tiny_encoder
 
@@ -227,6 +230,7 @@ import sys
 import torch
 import torch.distributed as dist
 from dmsa.labels import feature_bank
+from dmsa.labels.cache import dataset_key
 from dmsa.labels.clustering import prepare_centroids
 from tests.dmsa.test_feature_bank import CONFIG, Pictures
 from tests.dmsa.tiny import tiny_encoder
@@ -259,3 +263,19 @@ def test_two_processes_share_the_crops_and_get_the_same_centroids(tmp_path):
     alone = prepare_centroids(tiny_encoder(), Pictures(), CONFIG, tmp_path / "alone")
     torch.testing.assert_close(alone.vectors, first.vectors, atol=1e-4, rtol=1e-4)
     assert alone.provenance == first.provenance
+
+
+def test_an_exchanged_image_changes_the_key(tmp_path):
+    (tmp_path / "images").mkdir()
+    for i in range(3):
+        Image.fromarray(Pictures().pixels(i)).save(tmp_path / "images" / f"{i}.png")
+
+    def key():
+        return dataset_key(Folder(DataConfig(root=str(tmp_path)), "train"))
+
+    before = key()
+    assert key() == before
+    (tmp_path / "images" / "1.png").touch()
+    assert key() == before  # a copy of the folder keeps its bank
+    Image.fromarray(Pictures().pixels(1)[:30]).save(tmp_path / "images" / "1.png")
+    assert key() != before
