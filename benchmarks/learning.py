@@ -1,13 +1,17 @@
-"""Why a score moves inside a run: variants of one run on `shapes`, trained side by side on the same batches.
+"""Why a score moves inside a run: variants of one run, trained side by side on the same batches.
 
     python -m benchmarks.learning transfgu dmsa dmsa:train.lr=3e-4 dmsa:answers=shuffled --seed 1000 --epochs 2
+    python -m benchmarks.learning transfgu dmsa --refined --preset photographs.yaml --every 26
 
 A variant is a method and any options of the configuration, joined by colons. `answers` replaces the pseudo labels:
 `truth` by the true ones, `shuffled` by labels that are wrong as often and in the same way (the batch's confusion), but
-independently from pixel to pixel. Data, frozen features and seeds are those of `train.py`; printed, every `--every`
-steps, percent:
+independently from pixel to pixel. Data, frozen features and seeds are those of `train.py`. Printed, at step 0 of the
+labels that the maps alone give, then every `--every` steps of what is scored of the students (with `--refined`, with
+and without the refinement of predictions), percent, on the validation pictures:
 
-- mIoU and accuracy on the validation pictures, and the accuracy within 4 pixels of a border and elsewhere;
+- mIoU, accuracy and boundary F-score; the mean IoU of the objects alone; the share of the pixels called background; how
+  many classes have an IoU of 5 or more;
+- the accuracy within 4 pixels of a border and elsewhere, and the wrong pixels of either, of all pixels;
 - pixels by kind of error: an object taken for background, background for an object, one object for another;
 - `copied`: of the object pixels that a label gives to another object, those on which the student says the same, on the
   validation pictures (whose labels train nothing) and on the training pictures of the last steps, before each is
@@ -21,8 +25,9 @@ import csv
 import dataclasses
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -39,23 +44,28 @@ from dmsa.labels.clustering import prepare_centroids
 from dmsa.labels.fuse import pseudo_label
 from dmsa.models.encoder import Encoder, build_encoder
 from dmsa.random import mix, seed_everything
-from dmsa.scoring.boundary import boundaries
+from dmsa.scoring.boundary import BoundaryScore, boundaries
 from dmsa.scoring.metrics import IGNORE, Histogram, scores
+from dmsa.scoring.refined import refined
 from dmsa.scoring.table import columns
 from dmsa.training.sampler import EpochBatches
 from dmsa.training.setup import PRECISIONS, build_optimizer
 from dmsa.training.task import Prepared, Task
 
 ANSWERS = ("labels", "truth", "shuffled")
+SHARED = ("data.", "labels.bank_", "model.encoder", "model.weights", "train.seed", "train.epochs", "train.batch")
+"""What variants cannot differ in: they see the same batches, features and centroids."""
 BORDER = 4
 """Pixels from a border that count as near it."""
+FOUND = 0.05
+"""IoU from which on a class counts as found."""
 
 
 def parse_variant(text: str, base: Config) -> tuple[Config, str]:
     """Return the configuration of `METHOD[:option=value]...` and whose answers the student learns (`ANSWERS`).
 
     Raises:
-        ValueError: an unknown method, option or value.
+        ValueError: an unknown method, option or value, or an option that all variants share.
     """
     method, *options = text.split(":")
     config = resolve_method(from_dict({"method": method}, source=text, base=base))
@@ -69,6 +79,8 @@ def parse_variant(text: str, base: Config) -> tuple[Config, str]:
                 raise ValueError(f"{text!r}: answers={value} is not one of {', '.join(ANSWERS)}")
             answers = value
             continue
+        if key.startswith(SHARED):
+            raise ValueError(f"{text!r}: {key} is shared by all variants; set it in a preset")
         nested: object = yaml.safe_load(value)
         for name in reversed(key.split(".")):
             nested = {name: nested}
@@ -90,22 +102,29 @@ def share_features(encoder: Encoder) -> None:
 
 
 def token_labels(label: Tensor, grid: Sequence[int], classes: int) -> Tensor:
-    """Return the most frequent class of every cell: int64 `[B, H, W]` to `[B, h, w]`."""
-    shares = F.one_hot(label, classes).permute(0, 3, 1, 2).float()
-    return F.adaptive_avg_pool2d(shares, tuple(grid)).argmax(1)
+    """Return the most frequent class of every cell, 255 where none is known: int64 `[B, H, W]` to `[B, h, w]`."""
+    known = label != IGNORE
+    shares = (F.one_hot(label.where(known, 0), classes) * known[..., None]).permute(0, 3, 1, 2).float()
+    shares = F.adaptive_avg_pool2d(shares, tuple(grid))
+    return shares.argmax(1).where(shares.amax(1) > 0, IGNORE)
 
 
 def shuffled(label: Tensor, truth: Tensor, classes: int, generator: torch.Generator) -> Tensor:
-    """Return labels drawn pixel by pixel, with the frequencies that `label` has where `truth` is the same."""
+    """Return labels drawn pixel by pixel, with the frequencies that `label` has where `truth` is the same.
+
+    Where `truth` is 255, `label` stays.
+    """
+    known = truth != IGNORE
     counts = torch.zeros(classes, classes)
-    counts.index_put_((truth.flatten(), label.flatten()), torch.ones(()), accumulate=True)
+    counts.index_put_((truth[known], label[known]), torch.ones(()), accumulate=True)
     counts[counts.sum(1) == 0] = 1  # classes that do not occur
-    return torch.multinomial(counts[truth.flatten()], 1, generator=generator).view_as(truth)
+    rows = counts[truth.where(known, 0).flatten()]
+    return torch.multinomial(rows, 1, generator=generator).view_as(truth).where(known, label)
 
 
 def copied(prediction: Tensor, label: Tensor, truth: Tensor) -> Tensor:
     """Count, of the object pixels whose label is another object, those predicted as the label says, and all: `[2]`."""
-    wrong = (label != truth) & (label > 0) & (truth > 0)
+    wrong = (label != truth) & (label > 0) & (truth > 0) & (truth != IGNORE)
     return torch.stack([((prediction == label) & wrong).sum(), wrong.sum()])
 
 
@@ -118,30 +137,33 @@ class Student:
         self.task = Task(config, val.classes, encoder, centroids)
         self.optimizer = build_optimizer(self.task.student, config)
         self.precision = PRECISIONS[config.train.precision]
-        self.val_labels, self.of_class = val.labels(self.task)
+        self.val_labels, self.label_figures, self.of_class = val.labels(self.task)
         self.copied = torch.zeros(2, dtype=torch.int64)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast("cpu", self.precision, enabled=self.precision != torch.float32)
 
-    def predict(self, attended, epoch: int, size: Sequence[int]) -> Tensor:
-        with torch.no_grad(), self.autocast():
-            rates = self.task.eval_rates(epoch, attended.grid)
-            logits = self.task.student(None, rates, frozen=attended)["logits"].float()
-        return F.interpolate(logits, tuple(size), mode="bilinear", align_corners=False).argmax(1)
+    @torch.no_grad()
+    def logits(self, attended, epoch: int) -> Tensor:
+        network = self.task.scored
+        training = network.training
+        with self.autocast():
+            logits = network.eval()(None, self.task.eval_rates(epoch, attended.grid), frozen=attended)["logits"].float()
+        network.train(training)
+        return logits
 
     def step(self, batch: dict[str, Tensor], epoch: int, number: int) -> None:
         """Do one optimiser step, as `dmsa.training.trainer` does."""
         with self.autocast():
             prepared = self.task.prepare(batch, epoch, number)
-        label = prepared.label
-        truth = self.of_class[token_labels(batch["label"], label.shape[-2:], len(self.of_class))]
-        self.task.student.eval()
-        self.copied += copied(self.predict(prepared.attended, epoch, label.shape[-2:]), label, truth)
-        self.task.student.train()
+        label, classes = prepared.label, self.task.classes.num_classes
+        truth = self.of_class[token_labels(batch["label"], label.shape[-2:], classes)]
+        self.copied += copied(enlarged(self.logits(prepared.attended, epoch), label.shape[-2:]), label, truth)
         if self.answers != "labels":
             generator = torch.Generator().manual_seed(mix(self.config.train.seed, number))
-            drawn = truth if self.answers == "truth" else shuffled(label, truth, len(self.of_class), generator)
+            drawn = truth.where(truth != IGNORE, label)
+            if self.answers == "shuffled":
+                drawn = shuffled(label, truth, classes, generator)
             prepared = relabelled(prepared, drawn)
         self.optimizer.zero_grad(set_to_none=True)
         with self.autocast():
@@ -150,6 +172,11 @@ class Student:
         nn.utils.clip_grad_value_(self.task.student.parameters(), self.config.train.clip_value)
         self.optimizer.step()
         self.task.teacher.after_step()
+
+
+def enlarged(scores: Tensor, size: Sequence[int]) -> Tensor:
+    """Return the class of every pixel, int64 `[B, H, W]`, of scores `[B, K, h, w]`."""
+    return F.interpolate(scores, tuple(size), mode="bilinear", align_corners=False).argmax(1)
 
 
 def relabelled(prepared: Prepared, label: Tensor) -> Prepared:
@@ -171,66 +198,95 @@ class Validation:
             self.parts.append((encoder.features(samples["image"]), samples, near))
 
     @torch.no_grad()
-    def labels(self, task: Task) -> tuple[list[Tensor], Tensor]:
-        """Return the labels that the maps alone give, and the id that stands for every class in them."""
-        made, histogram = [], Histogram(self.classes.num_classes)
+    def labels(self, task: Task) -> tuple[list[Tensor], dict[str, float], Tensor]:
+        """Return the labels that the maps alone give, their figures, and the id that stands for every class in them."""
+        made, whole = [], []
+        histogram = Histogram(self.classes.num_classes)
         for attended, samples, _ in self.parts:
             cam = CAMS[task.config.labels.cam](task.encoder, attended, task.centroids)
-            label = pseudo_label(cam, None, samples["guide"], self.classes.things_only, task.config.labels).label
-            histogram.update(label, token_labels(samples["label"], label.shape[-2:], self.classes.num_classes))
-            made.append(label)
-        return made, torch.from_numpy(scores(histogram.counts).assignment)
+            found = pseudo_label(cam, None, samples["guide"], self.classes.things_only, task.config.labels)
+            coarse = token_labels(samples["label"], found.label.shape[-2:], self.classes.num_classes)
+            histogram.update(found.label, coarse)
+            made.append(found.label)
+            whole.append(enlarged(found.scores, samples["label"].shape[-2:]))
+        of_class = torch.full((IGNORE + 1,), IGNORE)
+        of_class[: self.classes.num_classes] = torch.from_numpy(scores(histogram.counts).assignment)
+        return made, self.figures(whole), of_class
 
-    def measure(self, student: Student, epoch: int) -> dict[str, float]:
-        """Return what is printed of a student, percent."""
-        student.task.student.eval()
+    def figures(self, predictions: Iterable[Tensor]) -> dict[str, float]:
+        """Return what is printed of class maps int64 `[B, H, W]`, one a part of the pictures, percent."""
         k = self.classes.num_classes
-        all_pixels, near_border, elsewhere = Histogram(k), Histogram(k), Histogram(k)
-        repeated = torch.zeros(2, dtype=torch.int64)
-        for (attended, samples, near), label in zip(self.parts, student.val_labels, strict=True):
+        all_pixels, near_border, elsewhere, border = Histogram(k), Histogram(k), Histogram(k), BoundaryScore()
+        for (_, samples, near), predicted in zip(self.parts, predictions, strict=True):
             truth = samples["label"]
-            predicted = student.predict(attended, epoch, truth.shape[-2:])
             all_pixels.update(predicted, truth)
             near_border.update(predicted, truth.where(near, IGNORE))
             elsewhere.update(predicted, truth.where(~near, IGNORE))
-            coarse = student.of_class[token_labels(truth, label.shape[-2:], k)]
-            repeated += copied(student.predict(attended, epoch, label.shape[-2:]), label, coarse)
+            border.update(predicted, truth)
         found = scores(all_pixels.counts)
         confusion, total = found.confusion, found.confusion.sum()
         objects = confusion[1:, 1:]
 
-        def accuracy(histogram: Histogram) -> float:
+        def right(histogram: Histogram) -> tuple[int, int]:
             counts = histogram.counts[:, found.assignment]
-            return 100 * float(np.trace(counts)) / max(counts.sum(), 1)
+            return int(np.trace(counts)), max(int(counts.sum()), 1)
+
+        (near_right, near_all), (else_right, else_all) = right(near_border), right(elsewhere)
+        return {
+            "miou": 100 * found.miou,
+            "accuracy": 100 * found.accuracy,
+            "boundary": border.value,
+            "objects": 100 * float(np.nanmean(found.iou[1:])),
+            "background": 100 * confusion[:, 0].sum() / total,
+            "found": int((found.iou >= FOUND).sum()),
+            "near borders": 100 * near_right / near_all,
+            "elsewhere": 100 * else_right / else_all,
+            "wrong near borders": 100 * (near_all - near_right) / total,
+            "wrong elsewhere": 100 * (else_all - else_right) / total,
+            "lost": 100 * confusion[1:, 0].sum() / total,
+            "invented": 100 * confusion[0, 1:].sum() / total,
+            "mixed up": 100 * (objects.sum() - np.trace(objects)) / total,
+        }
+
+    def measure(self, student: Student, epoch: int, *, both: bool) -> Iterator[tuple[str, dict[str, float]]]:
+        """Yield what is printed of a student, and with `both` the same with predictions refined, or not, instead."""
+        k = self.classes.num_classes
+        logits = [student.logits(attended, epoch) for attended, _, _ in self.parts]
+        repeated = torch.zeros(2, dtype=torch.int64)
+        for (_, samples, _), scores_, label in zip(self.parts, logits, student.val_labels, strict=True):
+            coarse = student.of_class[token_labels(samples["label"], label.shape[-2:], k)]
+            repeated += copied(enlarged(scores_, label.shape[-2:]), label, coarse)
 
         def share(counts: Tensor) -> float:
             return 100 * int(counts[0]) / max(int(counts[1]), 1)
 
-        measured = {
-            "miou": 100 * found.miou,
-            "accuracy": 100 * found.accuracy,
-            "near borders": accuracy(near_border),
-            "elsewhere": accuracy(elsewhere),
-            "lost": 100 * confusion[1:, 0].sum() / total,
-            "invented": 100 * confusion[0, 1:].sum() / total,
-            "mixed up": 100 * (objects.sum() - np.trace(objects)) / total,
-            "copied val": share(repeated),
-            "copied train": share(student.copied),
-        }
+        copies = {"copied val": share(repeated), "copied train": share(student.copied)}
         student.copied.zero_()
-        return measured
+        own = student.config.model.refine
+        other: Literal["off", "par"] = "par" if own == "off" else "off"
+        for way in (own, other) if both else (own,):
+            config = dataclasses.replace(student.config, model=dataclasses.replace(student.config.model, refine=way))
+            maps = (
+                enlarged(refined(scores_, samples["image"], config), samples["label"].shape[-2:])
+                for (_, samples, _), scores_ in zip(self.parts, logits, strict=True)
+            )
+            how = "" if way == own else {"par": ", refined", "off": ", not refined"}[way]
+            yield student.name + how, self.figures(maps) | copies
 
 
 def learn(
-    variants: Sequence[str], base: Config, *, every: int, cache: str | Path
+    variants: Sequence[str], base: Config, *, every: int, cache: str | Path, both: bool = False
 ) -> Iterator[tuple[str, int, int, dict[str, float]]]:
     """Train all variants side by side; yield name, epoch (from 1), step and figures, every `every` steps.
+
+    First come the figures of their labels, as step 0 of epoch 0.
 
     Args:
         variants: see `parse_variant`.
         base: seed, epochs and data of all of them; a data set of things with labels on its training images.
         every: steps between measurements.
         cache: folder of feature bank and centroids.
+        both: measure students with and without the refinement of predictions.
     """
     configs = {text: parse_variant(text, base) for text in variants}
     train_data, val_data = (data.build(base.data, split, base.train.seed) for split in ("train", "val"))
@@ -240,6 +296,8 @@ def learn(
     val = Validation(val_data, encoder)
     share_features(encoder)
     students = [Student(text, *parsed, encoder, centroids, val) for text, parsed in configs.items()]
+    for student in students:
+        yield f"{student.name}, labels", 0, 0, student.label_figures
     sampler = EpochBatches(len(train_data), base.train.batch, seed=base.train.seed)
     step = 0
     for epoch in range(base.train.epochs):
@@ -254,7 +312,8 @@ def learn(
             step += 1
             if step % every == 0:
                 for student in students:
-                    yield student.name, epoch + 1, step, val.measure(student, epoch)
+                    for name, found in val.measure(student, epoch, both=both):
+                        yield name, epoch + 1, step, found
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -263,30 +322,34 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=1000)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--every", type=int, default=16, help="steps between measurements")
+    parser.add_argument("--preset", default="shapes", help="preset by name or YAML file; data whose images have labels")
+    parser.add_argument("--refined", action="store_true", help="measure refined and not refined predictions")
     parser.add_argument("--images", type=int, help="training pictures; the preset's number if unset")
     parser.add_argument("--precision", choices=sorted(PRECISIONS), default="fp32")
     parser.add_argument("--csv", type=Path, help="also append the rows to this file")
     options = parser.parse_args(argv)
-    base = load_preset("shapes")
-    changed = dataclasses.replace(
-        base.train, seed=options.seed, epochs=options.epochs, precision=options.precision, baselines=False
-    )
-    pictures = dataclasses.replace(base.data, train_images=options.images or base.data.train_images)
-    base = dataclasses.replace(base, train=changed, data=pictures)
     table: list[list[str]] = []
     try:
+        base = load_preset(options.preset)
+        changed = dataclasses.replace(
+            base.train, seed=options.seed, epochs=options.epochs, precision=options.precision, baselines=False
+        )
+        pictures = dataclasses.replace(base.data, train_images=options.images or base.data.train_images)
+        base = dataclasses.replace(base, train=changed, data=pictures)
         with tempfile.TemporaryDirectory() as cache:
-            for name, epoch, step, found in learn(options.variants, base, every=options.every, cache=cache):
-                table = table or [["variant", "epoch", "step", *found]]
-                table.append([name, str(epoch), str(step), *(f"{value:.1f}" for value in found.values())])
+            found_so_far = learn(options.variants, base, every=options.every, cache=cache, both=options.refined)
+            for name, epoch, step, found in found_so_far:
+                table = table or [["variant", "epoch", "step", *found, "copied val", "copied train"]]
+                cells = (f"{found[key]:.1f}" if key in found else "-" for key in table[0][3:])
+                table.append([name, str(epoch), str(step), *cells])
                 print(" ".join(f"{key} {value}" for key, value in zip(table[0], table[-1], strict=True)), flush=True)
                 if options.csv:
                     with options.csv.open("a", newline="", encoding="utf-8") as stream:
                         csv.writer(stream, lineterminator="\n").writerow([options.seed, *table[-1]])
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         print(f"benchmarks.learning: {error}", file=sys.stderr)
         return 2
-    print("\n".join(["", *columns(table)]) if table else "no measurement: fewer steps than --every")
+    print("\n".join(["", *columns(table)]))
     return 0
 
 
