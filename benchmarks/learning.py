@@ -6,8 +6,9 @@
 A variant is a method and any options of the configuration, joined by colons. `answers` replaces the pseudo labels:
 `truth` by the true ones, `shuffled` by labels that are wrong as often and in the same way (the batch's confusion), but
 independently from pixel to pixel. Data, frozen features and seeds are those of `train.py`. Printed, at step 0 of the
-labels that the maps alone give, then every `--every` steps of what is scored of the students (with `--refined`, with
-and without the refinement of predictions), percent, on the validation pictures:
+labels that the maps alone give (with `--clusters` also of k-means on the patch features), then every `--every` steps
+of what is scored of the students (with `--refined`, with and without the refinement of predictions), percent, on the
+validation pictures:
 
 - mIoU, accuracy and boundary F-score; the mean IoU of the objects alone; the share of the pixels called background; how
   many classes have an IoU of 5 or more;
@@ -44,6 +45,7 @@ from dmsa.labels.clustering import prepare_centroids
 from dmsa.labels.fuse import pseudo_label
 from dmsa.models.encoder import Encoder, build_encoder
 from dmsa.random import mix, seed_everything
+from dmsa.scoring.baselines import cluster_patches, patch_features
 from dmsa.scoring.boundary import BoundaryScore, boundaries
 from dmsa.scoring.metrics import IGNORE, Histogram, scores
 from dmsa.scoring.refined import refined
@@ -275,7 +277,7 @@ class Validation:
 
 
 def learn(
-    variants: Sequence[str], base: Config, *, every: int, cache: str | Path, both: bool = False
+    variants: Sequence[str], base: Config, *, every: int, cache: str | Path, both: bool = False, clusters: bool = False
 ) -> Iterator[tuple[str, int, int, dict[str, float]]]:
     """Train all variants side by side; yield name, epoch (from 1), step and figures, every `every` steps.
 
@@ -287,6 +289,7 @@ def learn(
         every: steps between measurements.
         cache: folder of feature bank and centroids.
         both: measure students with and without the refinement of predictions.
+        clusters: yield first the figures of k-means on the validation pictures' patch features, as step 0 of epoch 0.
     """
     configs = {text: parse_variant(text, base) for text in variants}
     train_data, val_data = (data.build(base.data, split, base.train.seed) for split in ("train", "val"))
@@ -294,6 +297,11 @@ def learn(
     encoder = build_encoder(base.model.encoder, base.model.weights)
     centroids = prepare_centroids(encoder, train_data, base, cache).vectors
     val = Validation(val_data, encoder)
+    if clusters:
+        maps = cluster_patches(
+            patch_features(val_data, encoder), val.classes.num_classes, base.data.size, base.train.seed
+        )
+        yield "k-means", 0, 0, val.figures(maps.split([len(samples["label"]) for _, samples, _ in val.parts]))
     share_features(encoder)
     students = [Student(text, *parsed, encoder, centroids, val) for text, parsed in configs.items()]
     for student in students:
@@ -323,6 +331,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--every", type=int, default=16, help="steps between measurements")
     parser.add_argument("--preset", default="shapes", help="preset by name or YAML file; data whose images have labels")
+    parser.add_argument("--clusters", action="store_true", help="also measure k-means on the patch features")
     parser.add_argument("--refined", action="store_true", help="measure refined and not refined predictions")
     parser.add_argument("--images", type=int, help="training pictures; the preset's number if unset")
     parser.add_argument("--precision", choices=sorted(PRECISIONS), default="fp32")
@@ -337,8 +346,8 @@ def main(argv: list[str] | None = None) -> int:
         pictures = dataclasses.replace(base.data, train_images=options.images or base.data.train_images)
         base = dataclasses.replace(base, train=changed, data=pictures)
         with tempfile.TemporaryDirectory() as cache:
-            found_so_far = learn(options.variants, base, every=options.every, cache=cache, both=options.refined)
-            for name, epoch, step, found in found_so_far:
+            ways = {"both": options.refined, "clusters": options.clusters}
+            for name, epoch, step, found in learn(options.variants, base, every=options.every, cache=cache, **ways):
                 table = table or [["variant", "epoch", "step", *found, "copied val", "copied train"]]
                 cells = (f"{found[key]:.1f}" if key in found else "-" for key in table[0][3:])
                 table.append([name, str(epoch), str(step), *cells])

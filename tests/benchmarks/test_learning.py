@@ -8,7 +8,10 @@ import pytest
 import torch
 
 from benchmarks.learning import copied, learn, main, parse_variant, shuffled, token_labels
+from dmsa import data
 from dmsa.config import from_dict, load_preset, resolve_method
+from dmsa.models.encoder import build_encoder
+from dmsa.scoring.baselines import cluster_patches, patch_features, score_labels
 from dmsa.training.session import train
 from tests.dmsa.runs import tiny_config
 
@@ -89,7 +92,11 @@ def test_an_average_is_measured_as_the_trainer_scores_it(tmp_path):
     model = {"weights": None, "teacher": "ema", "refine": "par"}  # random weights predict one class
     config = from_dict({"model": model, "labels": {"background_threshold": 0.8}}, base=config)
     trained = train(config)["scores"]
-    found = list(learn(["dmsa"], config, every=4, cache=tmp_path / "cache", both=True))
+    clusters, *found = learn(["dmsa"], config, every=4, cache=tmp_path / "cache", both=True, clusters=True)
+    val, encoder = data.build(config.data, "val", 0), build_encoder(config.model.encoder, None)
+    expected, border = score_labels(val, cluster_patches(patch_features(val, encoder), 7, 48, 0), 7)
+    assert clusters[3]["miou"] == pytest.approx(100 * expected.miou)
+    assert clusters[3]["boundary"] == pytest.approx(border)
     for entry, (_, _, _, own), (name, _, _, other) in zip(trained, found[1::2], found[2::2], strict=True):
         assert own["miou"] == pytest.approx(100 * entry["miou"], abs=1e-3)
         assert name == "dmsa, not refined"
