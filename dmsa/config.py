@@ -311,10 +311,10 @@ def resolve_method(config: Config) -> Config:
     """Return `config` with the switches that `config.method` stands for.
 
     `transfgu` is the baseline row of the paper's tables: no pyramid, PAR or segmentation loss, labels at the tokens.
-    `dmsa_plus` scales the rates to the grid, and on `shapes`, where that was measured to help (docs/shapes.md), takes
-    the map of single patches, refines predictions too, and has a moving average of the student, from the second epoch
-    on, as teacher and as what is scored. Whatever else differs from the paper is the user's choice; `deviations` lists
-    all of it.
+    `dmsa_plus` scales the rates to the grid and, on the data where that was measured to help (docs/shapes.md), takes
+    the map of single patches: on `shapes` it also refines predictions and has a moving average of the student, from
+    the second epoch on, as teacher and as what is scored; on `voc` it gives the segmentation loss ten times the weight.
+    Whatever else differs from the paper is the user's choice; `deviations` lists all of it.
     """
     if config.method == "transfgu":
         return dataclasses.replace(
@@ -330,6 +330,9 @@ def resolve_method(config: Config) -> Config:
             model = dataclasses.replace(config.model, teacher="ema", ema_momentum=0.97, refine="par")
             train = dataclasses.replace(config.train, teacher_start=1)
             config = dataclasses.replace(config, labels=labels, model=model, train=train)
+        elif config.data.name == "voc":
+            labels = dataclasses.replace(config.labels, cam="single_patch")
+            config = dataclasses.replace(config, labels=labels, losses=dataclasses.replace(config.losses, seg=1.0))
     return config
 
 

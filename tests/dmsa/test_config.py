@@ -167,7 +167,13 @@ def test_methods_are_switches():
 def test_deviations_are_listed():
     config = dataclasses.replace(load_preset("voc"), method="dmsa_plus")
     config = configuration.resolve_method(config)
-    assert configuration.deviations(config) == ["rates.grid_aware: True (paper: False)"]
+    assert configuration.deviations(config) == [
+        "rates.grid_aware: True (paper: False)",
+        "labels.cam: single_patch (paper: attention_grad)",
+        "losses.seg: 1.0 (paper: 0.1)",
+    ]
+    elsewhere = configuration.resolve_method(dataclasses.replace(load_preset("coco80"), method="dmsa_plus"))
+    assert configuration.deviations(elsewhere) == ["rates.grid_aware: True (paper: False)"]
 
 
 def test_every_option_that_is_not_the_papers_is_a_deviation():
