@@ -59,11 +59,10 @@ _CONFIGS: dict[str, tuple[Config, ...]] = {
         Config(8, 32, 8),
         Config(16, 32, 16),
         Config(32, 32, 32),
+        Config(16, 64, 32),
         Config(8, 64, 16),
         Config(4, 64, 8),
         Config(2, 128, 8),
-        Config(1, 256, 8),
-        Config(16, 16, 8),
     ),
     "propagate_bwd": (Config(8, 32, 8),),
     "local_affinity_fwd": (
@@ -183,8 +182,13 @@ def plane_width(channels: int, itemsize: int) -> int:
 
 # Of an H100 or H200; others have 68 (RTX 3080) to 304 (MI300X), and the plan below depends little on it.
 _MULTIPROCESSORS = 132
-# Bytes that a multiprocessor gets from its first-level cache while L2 delivers one: 128 a clock against an assumed 24.
+# Bytes that a multiprocessor gets from its first-level cache while L2 delivers one (128 a clock against an assumed 24),
+# and while device memory does.
 _L1_BYTES_PER_L2_BYTE = 128 / 24
+_L1_BYTES_PER_MEMORY_BYTE = 10
+# The share of the other two's time that the slowest does not hide, assumed: of two tiles that it bounds alike, the one
+# that asks less of them is taken.
+_NOT_HIDDEN = 1 / 8
 
 
 class Step(NamedTuple):
@@ -192,24 +196,49 @@ class Step(NamedTuple):
 
     Attributes:
         config: the tile.
+        row_stride: from one row of the tile to its next. The rows of as many tiles, one below the other, are dealt to
+            them in turn; at the map's end to those that are left, so that no stride leaves more of a tile empty.
         groups_each: channel groups that a program works through, one after another; it reads its weights once.
     """
 
     config: Config
+    row_stride: int
     groups_each: int
 
 
 @functools.lru_cache(maxsize=4096)
-def distinct_taps(dilations: tuple[int, ...], block_h: int, block_w: int) -> float:
-    """Return the different pixels that a tile's taps meet, a pixel of the tile: what L2 has to deliver of a plane."""
+def distinct_taps(dilations: tuple[int, ...], block_h: int, block_w: int, row_stride: int = 1) -> float:
+    """Return the different pixels that a tile's taps meet, a pixel of the tile: what L2 has to deliver of a plane.
+
+    Args:
+        dilations: D dilations.
+        block_h: rows of the tile.
+        block_w: columns of the tile, side by side.
+        row_stride: from one row of the tile to its next.
+    """
     rows: dict[int, set[tuple[int, int]]] = {}
     for dilation in dilations:
         for dy in (-dilation, 0, dilation):
-            for dx in (-dilation, 0, dilation):
-                if dy or dx:
-                    for y in range(dy, dy + block_h):
-                        rows.setdefault(y, set()).add((dx, dx + block_w))
+            spans = {(dx, dx + block_w) for dx in (-dilation, 0, dilation) if dy or dx}
+            for y in range(dy, dy + block_h * row_stride, row_stride):
+                rows.setdefault(y, set()).update(spans)
     return sum(_length_of_union(spans) for spans in rows.values()) / (block_h * block_w)
+
+
+def _mean_distinct_taps(dilations: tuple[int, ...], config: Config, row_stride: int, height: int) -> float:
+    """Return the mean of :func:`distinct_taps` over the tiles of a column, of which the last may lie closer."""
+    tiles = -(-height // config.block_h)
+    last = tiles % row_stride
+    met = (tiles - last) * distinct_taps(dilations, config.block_h, config.block_w, row_stride) if tiles > last else 0
+    return (met + (last and last * distinct_taps(dilations, config.block_h, config.block_w, last))) / tiles
+
+
+_MAX_ROW_STRIDE = 16
+
+
+def _row_strides(dilations: tuple[int, ...]) -> list[int]:
+    """Return the strides that divide a dilation, so that a tap's row can be a row of the tile."""
+    return [s for s in range(1, _MAX_ROW_STRIDE + 1) if s == 1 or any(d % s == 0 for d in dilations)]
 
 
 def _length_of_union(spans: Iterable[tuple[int, int]]) -> int:
@@ -232,10 +261,10 @@ def plan_step(
 ) -> Step:
     """Return how to launch an iteration on ``count`` images ``[groups, height, columns, width]``.
 
-    Time is that of the multiprocessor with the most programs. Each reads its weights and works through its groups, at
-    the rate of the first-level cache or of L2, whichever is slower. Larger tiles meet fewer pixels twice but leave more
-    of a small map's border empty; more programs even out the multiprocessors but read the weights again. The measured
-    configuration is taken where there is one.
+    Time is that of the multiprocessor with the most programs, at the rate of the first-level cache, of L2 or of device
+    memory, whichever is slowest. Larger tiles meet fewer pixels twice but leave more of a small map's border empty;
+    programs that share the groups even out the multiprocessors but read the weights again. The measured configuration
+    is taken where there is one.
 
     Args:
         kernel: ``"propagate_fwd"`` or ``"propagate_bwd"``.
@@ -248,6 +277,8 @@ def plan_step(
         columns: columns.
     """
     neighbours = 8 * len(dilations)
+    weights = neighbours / width  # counted like a pixel of a group, whose channels are side by side
+    stays = count * height * columns * (weights + 2 * groups) * 16 <= 0.75 * _DEFAULT_L2_BYTES
     measured = _CHOSEN.get((kernel, key))
     candidates = [measured] if measured else configs(kernel, neighbours=neighbours, width=width)
     best, least = None, float("inf")
@@ -255,15 +286,18 @@ def plan_step(
         if config.block_w < 32 and config != measured:
             continue  # a warp's loads would be of several rows
         tiles = count * -(-height // config.block_h) * -(-columns // config.block_w)
-        from_l2 = min(distinct_taps(dilations, config.block_h, config.block_w), neighbours) + 1
-        a_group = max(neighbours, from_l2 * _L1_BYTES_PER_L2_BYTE)
-        weights = neighbours / width * _L1_BYTES_PER_L2_BYTE
+        met, row_stride = min((_mean_distinct_taps(dilations, config, s, height), s) for s in _row_strides(dilations))
         for splits in range(1, min(groups, 8) + 1):
             groups_each = -(-groups // splits)
-            programs = -(-tiles * -(-groups // groups_each) // _MULTIPROCESSORS)
-            time = programs * config.pixels * (groups_each * a_group + weights)
+            splits = -(-groups // groups_each)
+            from_l1 = groups_each * (neighbours + 1) + weights
+            from_l2 = groups_each * (min(met, neighbours) + 1) + weights
+            memory = 0 if stays else groups_each * 2 + weights / splits
+            programs = -(-tiles * splits // _MULTIPROCESSORS)
+            clocks = (from_l1, from_l2 * _L1_BYTES_PER_L2_BYTE, memory * _L1_BYTES_PER_MEMORY_BYTE)
+            time = programs * config.pixels * (max(clocks) + _NOT_HIDDEN * sum(clocks))
             if time < least:
-                best, least = Step(config, groups_each), time
+                best, least = Step(config, row_stride, groups_each), time
     assert best is not None
     return best
 

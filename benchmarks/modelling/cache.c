@@ -1,7 +1,8 @@
 /* One multiprocessor's first-level cache under the propagation: 128-byte lines of four 32-byte sectors, least recently
  * used out first. Programs are dealt to the multiprocessors in turn; those resident together take their taps in turn.
  *
- * cache HEIGHT WIDTH GROUPS PIXEL_BYTES WEIGHT_BYTES TILE_H TILE_W RESIDENT MULTIPROCESSORS CACHE_BYTES IMAGES DILATION...
+ * cache HEIGHT WIDTH GROUPS PIXEL_BYTES WEIGHT_BYTES TILE_H TILE_W ROW_STRIDE RESIDENT MULTIPROCESSORS CACHE_BYTES IMAGES
+ *       DILATION...
  * prints the bytes that L2 delivers for a pixel and iteration: taps of all groups, and the weights once. */
 #include <stdint.h>
 #include <stdio.h>
@@ -60,42 +61,47 @@ int main(int count, char **text) {
     static const int up[8] = {-1, -1, -1, 0, 0, 1, 1, 1}, right[8] = {-1, 0, 1, -1, 1, -1, 0, 1};
     int a[64], n = 0;
     for (int i = 1; i < count && n < 64; i++) a[n++] = atoi(text[i]);
-    if (n < 12) return 1;
+    if (n < 13) return 1;
     int height = a[0], width = a[1], groups = a[2], pixel = a[3], weight = a[4], tile_h = a[5], tile_w = a[6];
-    int resident = a[7], processors = a[8], images = a[10], *dilation = a + 11, dilations = n - 11;
-    int across = (width + tile_w - 1) / tile_w, tiles = across * ((height + tile_h - 1) / tile_h), total = tiles * images;
+    int most = a[7], resident = a[8], processors = a[9], images = a[11], *dilation = a + 12, dilations = n - 12;
+    int across = (width + tile_w - 1) / tile_w, down = (height + tile_h - 1) / tile_h, tiles = across * down;
+    int total = tiles * images;
     int64_t plane = (int64_t)height * width, pixels = 0, weights = (int64_t)1 << 40;
-    capacity = a[9] / 128;
+    capacity = a[10] / 128;
     lines = malloc(sizeof(Line) * capacity);
-    for (int i = 0; i < BUCKETS; i++) heads[i] = -1;
-    /* four multiprocessors stand for all */
-    for (int processor = 0; processor < processors; processor += (processors + 3) / 4)
+    /* four multiprocessors stand for all, each with a cache of its own */
+    for (int processor = 0; processor < processors; processor += (processors + 3) / 4) {
+        for (int i = 0; i < BUCKETS; i++) heads[i] = -1;
+        used = 0;
+        newest = oldest = -1;
         for (int wave = 0; wave * resident * processors < total; wave++)
             for (int group = 0; group < groups; group++)
                 for (int tap = -1; tap < 8 * dilations; tap++)
                     for (int slot = 0; slot < resident; slot++) {
                         int tile = (wave * resident + slot) * processors + processor;
                         if (tile >= total) continue;
-                        int image = tile / tiles, y0 = tile % tiles / across * tile_h;
-                        int x0 = tile % tiles % across * tile_w;
-                        int rows = y0 + tile_h <= height ? tile_h : height - y0;
+                        /* the rows of up to `most` tiles, one below the other, are dealt to them in turn */
+                        int image = tile / tiles, row = tile % tiles / across, first = row / most * most;
+                        int stride = most < down - first ? most : down - first;
+                        int y0 = first * tile_h + row - first, x0 = tile % tiles % across * tile_w;
                         int columns = x0 + tile_w <= width ? tile_w : width - x0;
                         if (tap < 0) {
                             if (group) continue;
-                            pixels += rows * columns;
+                            for (int i = 0; i < tile_h; i++) pixels += y0 + i * stride < height ? columns : 0;
                             for (int p = 0; p < 8 * dilations; p++)
-                                for (int y = y0; y < y0 + rows; y++)
+                                for (int y = y0, i = 0; i < tile_h && y < height; i++, y += stride)
                                     span(weights + (((int64_t)image * 8 * dilations + p) * plane + (int64_t)y * width + x0) * weight,
                                          columns * weight);
                             continue;
                         }
                         int dy = up[tap % 8] * dilation[tap / 8], dx = right[tap % 8] * dilation[tap / 8];
-                        for (int y = y0; y < y0 + tile_h; y++) {
-                            int64_t row = (((int64_t)image * groups + group) * height + clamp(y + dy, height)) * width;
-                            int first = clamp(x0 + dx, width), last = clamp(x0 + tile_w - 1 + dx, width);
-                            span((row + first) * pixel, (last - first + 1) * (int64_t)pixel);
+                        for (int y = y0, i = 0; i < tile_h; i++, y += stride) {
+                            int64_t line = (((int64_t)image * groups + group) * height + clamp(y + dy, height)) * width;
+                            int left = clamp(x0 + dx, width), end = clamp(x0 + tile_w - 1 + dx, width);
+                            span((line + left) * pixel, (end - left + 1) * (int64_t)pixel);
                         }
                     }
+    }
     printf("%.1f\n", (double)missed / pixels);
     return 0;
 }

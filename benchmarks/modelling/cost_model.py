@@ -82,7 +82,7 @@ def propagate_cost(case: RefineCase, l2_bytes: int = 40 << 20) -> Cost:
     masks, weights = 4 * case.pixels * channels, 4 * case.pixels * neighbours
     once = 2 * masks + weights * -(-groups // some)
     stays = images * (weight + 2 * some * plane) <= 0.75 * l2_bytes
-    met = tuning.distinct_taps(case.dilations, step.config.block_h, step.config.block_w)
+    met = tuning.distinct_taps(case.dilations, step.config.block_h, step.config.block_w, step.row_stride)
     from_l2 = 4 * case.pixels * groups * side * (min(met, neighbours) + 1) + weights * -(-groups // step.groups_each)
     loads = case.cache_bytes()
     return Cost(

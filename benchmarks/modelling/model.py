@@ -129,8 +129,8 @@ class Model:
         seconds = _seconds(_scaled([(code.outside, programs), (code.loop + code.skipped, loops)]), gpu)
         resident = gpu.resident_warps(code.registers, launch.num_warps) // launch.num_warps
         from_l2 = self._cache_misses(
-            a["height"], a["width"], a["groups_each"], pixel, weight, a["BLOCK_H"], a["BLOCK_W"], resident,
-            min(images, 4), tuple(a["DILATIONS"]),
+            a["height"], a["width"], a["groups_each"], pixel, weight, a["BLOCK_H"], a["BLOCK_W"], a["row_stride"],
+            resident, min(images, 4), tuple(a["DILATIONS"]),
         )  # fmt: skip
         seconds["L2"] = pixels * (from_l2 * splits + groups * pixel) / gpu.l2_bytes_per_s
         moved = pixels * (neighbours * weight + 2 * groups * pixel)

@@ -69,9 +69,54 @@ def test_a_map_that_fits_is_delivered_once(environment):
     """32 x 32 pixels of 16 bytes, one tile: every sector of the map once, and the weights of its pixels."""
     program = Path(environment["STUB_FOLDER"]) / "cache"
     for weight, expected in ((4, 16 + 8 * 4), (2, 16 + 8 * 2)):
-        arguments = (32, 32, 1, 16, weight, 32, 32, 1, 1, 1 << 20, 1, 1)
-        found = subprocess.run([program, *map(str, arguments)], capture_output=True, text=True, check=True)
-        assert float(found.stdout) == pytest.approx(expected, abs=0.1)
+        assert delivered(program, 32, 32, 1, 16, weight, 32, 32, 1, 1, 1, 1 << 20, 1, 1) == pytest.approx(
+            expected, abs=0.1
+        )
+
+
+def delivered(program: Path, *arguments: int) -> float:
+    """Bytes a pixel that the simulated L2 delivers; arguments as in ``cache.c``."""
+    run = subprocess.run([program, *map(str, arguments)], capture_output=True, text=True, check=True)
+    return float(run.stdout)
+
+
+@needs_compiler
+@pytest.mark.parametrize("row_stride", [1, 4, 8])
+@pytest.mark.parametrize("dilations", [(8, 16), (1, 2, 4, 24)])
+def test_sectors_of_distant_rows_are_counted_once(environment, row_stride, dilations):
+    """Four tiles on four multiprocessors, their sectors of 32 bytes listed one by one: taps clamped, weights once."""
+    program = Path(environment["STUB_FOLDER"]) / "cache"
+    height, width, groups, pixel, weight, tile_h, tile_w = 50, 40, 2, 16, 4, 16, 40
+    tiles_h = 4
+    sectors = 0
+    for tile in range(tiles_h):
+        first = tile // row_stride * row_stride
+        stride = min(row_stride, tiles_h - first)
+        rows = [first * tile_h + tile - first + i * stride for i in range(tile_h)]
+        met = {
+            (group, ((max(0, min(y + dy * d, height - 1)) * width) + max(0, min(x + dx * d, width - 1))) * pixel // 32)
+            for group in range(groups)
+            for y in rows
+            for x in range(tile_w)
+            for d in dilations
+            for dy in (-1, 0, 1)
+            for dx in (-1, 0, 1)
+            if dy or dx
+        }
+        weights = {
+            ((p * height + y) * width + x) * weight // 32
+            for p in range(8 * len(dilations))
+            for y in rows
+            if y < height
+            for x in range(tile_w)
+        }
+        sectors += len(met) + len(weights)
+    arguments = (height, width, groups, pixel, weight, tile_h, tile_w, row_stride, 1, 4)
+    assert delivered(program, *arguments, 1 << 24, 1, *dilations) == pytest.approx(
+        32 * sectors / height / width, abs=0.1
+    )
+    # a cache of 4 KiB holds less than a tile's taps meet
+    assert delivered(program, *arguments, 1 << 12, 1, *dilations) > 32 * sectors / height / width + 1
 
 
 @pytest.mark.slow

@@ -245,6 +245,26 @@ def test_chunks_are_exact(kernels, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("row_stride", [2, 3, 8])
+def test_tiles_of_distant_rows_are_exact(kernels, monkeypatch, row_stride):
+    """Eleven tiles of two rows, of which the last is not full, in blocks of ``row_stride`` and what is left."""
+    dilations, needed = [2, 5], {"need_weights": True, "need_masks": True}
+    weights = reference.local_affinity(rand(1, 3, 21, 14), dilations, fast=False, **constants(PAR))
+    masks, grad = rand(1, 1, 21, 14, seed=1), rand(1, 1, 21, 14, seed=2)
+    found = []
+    for stride in (1, row_stride):
+        step = tuning.Step(tuning.Config(2, 16, 1), stride, 1)
+        monkeypatch.setattr(tuning, "plan_step", lambda *sizes, step=step: step)
+        plans.clear()
+        gradients = kernels[2].propagate_backward(grad, weights, masks, dilations, 2, None, **needed)
+        found.append((kernels[1].propagate(weights, masks, dilations, 2, None), *gradients))
+    for contiguous, distant in zip(*found, strict=True):
+        assert torch.equal(contiguous, distant)
+    double = reference.propagate(weights.double(), masks.double(), dilations, 2, None)
+    close(found[1][0], double, eager.propagate(weights, masks, dilations, 2, None), reach=10)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("channels", "shape", "use_valid"), [(1, (6, 7), False), (4, (5, 6), True), (3, (2, 5), False), (2, (1, 1), False)]
 )

@@ -103,20 +103,37 @@ def test_taps_that_meet_are_counted_once():
     assert tuning.distinct_taps((1,), 1, 1) == 8
     # a row of four: its own pixels but the ends, two beside it, and the rows above and below with their ends
     assert tuning.distinct_taps((1,), 1, 4) == (6 + 6 + 6) / 4
-    brute = {
-        (y + dy * d, x + dx * d)
-        for y in range(8)
-        for x in range(32)
-        for d in SIX
-        for dy in (-1, 0, 1)
-        for dx in (-1, 0, 1)
-        if dy or dx
-    }
-    assert tuning.distinct_taps(SIX, 8, 32) == len(brute) / 256
+    for stride in (1, 2, 8):
+        brute = {
+            (y * stride + dy * d, x + dx * d)
+            for y in range(8)
+            for x in range(32)
+            for d in SIX
+            for dy in (-1, 0, 1)
+            for dx in (-1, 0, 1)
+            if dy or dx
+        }
+        assert tuning.distinct_taps(SIX, 8, 32, stride) == len(brute) / 256
 
 
-def test_the_tile_fits_the_dilations_and_the_registers():
-    assert step((8, 16), 1, 38, 512, 683).config == tuning.Config(32, 32, 32)
+def test_rows_lie_a_dilation_apart_where_taps_then_meet():
+    assert step((8, 16), 1, 38, 512, 683).row_stride == 8
+    assert step(SIX, 16, 6, 160, 160).row_stride == 2
+    assert step((1, 2, 4), 1, 2, 512, 512).row_stride == 1
+    assert step((3,), 1, 2, 512, 512).row_stride == 3
+
+
+def test_the_last_tiles_of_a_column_lie_closer():
+    """Five tiles of 32 rows dealt in blocks of four: the last is alone, its rows one below the other."""
+    config = tuning.Config(32, 32, 32)
+    met = tuning._mean_distinct_taps((8, 16), config, 4, 160)
+    four, one = (tuning.distinct_taps((8, 16), 32, 32, stride) for stride in (4, 1))
+    assert met == (4 * four + one) / 5
+    assert tuning._mean_distinct_taps((8, 16), config, 8, 64) == tuning.distinct_taps((8, 16), 32, 32, 2)
+
+
+def test_the_tile_fits_the_registers():
+    assert step((8, 16), 1, 38, 512, 683).config.num_warps >= 8
     assert step(SIX, 16, 6, 160, 160).config == tuning.Config(16, 32, 16)
     # 64 weights leave room for eight warps: of those tiles, wide ones meet the fewest pixels twice
     long = step((1, 2, 4, 8, 12, 24, 32, 64), 1, 4, 1024, 1024).config

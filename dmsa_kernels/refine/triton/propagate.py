@@ -91,6 +91,7 @@ def propagate_copy_kernel(
         "width",
         "tiles_w",
         "tiles",
+        "row_stride",
         "stride_weights_n",
     ]
 )
@@ -111,6 +112,7 @@ def propagate_fwd_kernel(
     width,
     tiles_w,
     tiles,
+    row_stride,  # tiles, one below the other, to which rows are dealt in turn
     stride_weights_n,
     stride_valid_n,
     stride_valid_c,
@@ -128,19 +130,21 @@ def propagate_fwd_kernel(
 
     With an anchor, ``out(q) <- (1 - anchor(q)) out(q) + anchor(q) first(q)``.
     The transpose gathers, too: ``out(s) = sum_p w_p(s - o_p) planes(s - o_p)`` over the taps inside the map, plus the
-    border sums that ``propagate_bwd_border_kernel`` prepared. Programs are (image, share of the groups, tile).
+    border sums that ``propagate_bwd_border_kernel`` prepared. Programs are (image, tile, share of the groups). Rows of
+    a tile are ``row_stride`` apart, so that taps of large dilations meet the rows of others.
     """
     P: tl.constexpr = 8 * len(DILATIONS)
     PIXELS: tl.constexpr = BLOCK_H * BLOCK_W
-    i_tile = tl.program_id(0) % tiles
-    i_split = (tl.program_id(0) // tiles) % splits
+    # programs that share a tile's weights run side by side
+    i_split = tl.program_id(0) % splits
+    i_tile = (tl.program_id(0) // splits) % tiles
     i_n = tl.program_id(0) // (tiles * splits)
     if INT64:
         i_n = i_n.to(tl.int64)
         height = height.to(tl.int64)
         width = width.to(tl.int64)
     o_pixel = tl.arange(0, PIXELS)
-    o_y = (i_tile // tiles_w) * BLOCK_H + o_pixel // BLOCK_W
+    o_y = tile_rows(i_tile // tiles_w, tiles // tiles_w, row_stride, BLOCK_H, o_pixel // BLOCK_W)
     o_x = (i_tile % tiles_w) * BLOCK_W + o_pixel % BLOCK_W
     m_pixel = (o_y < height) & (o_x < width)
     o_lane = tl.arange(0, BLOCK_C)
@@ -231,6 +235,14 @@ def propagate_fwd_kernel(
         p_out = out_ptr + o_out[:, None] + o_lane[None, :]
         tl.store(p_out, acc.to(out_ptr.dtype.element_ty), mask=m_out[:, None])
         i_group += 1
+
+
+@triton.jit
+def tile_rows(i_row, tiles_h, row_stride, BLOCK_H: tl.constexpr, o_row):
+    """Return the rows of tile ``i_row`` of ``tiles_h``: those of ``row_stride`` tiles, or of what is left, in turn."""
+    first = i_row // row_stride * row_stride
+    stride = tl.minimum(row_stride, tiles_h - first)
+    return first * BLOCK_H + i_row - first + o_row * stride
 
 
 @triton.jit
@@ -454,7 +466,7 @@ def step(
     neighbours = weights.shape[1]
     kernel = "propagate_fwd" if borders is None else "propagate_bwd"
     key = tuning_key(neighbours, rows * columns, width)
-    config, groups_each = tuning.plan_step(kernel, key, dilations, width, count, groups, rows, columns)
+    config, row_stride, groups_each = tuning.plan_step(kernel, key, dilations, width, count, groups, rows, columns)
     tiles_w = triton.cdiv(columns, config.block_w)
     tiles = tiles_w * triton.cdiv(rows, config.block_h)
     splits = triton.cdiv(groups, groups_each)
@@ -479,6 +491,7 @@ def step(
         width=columns,
         tiles_w=tiles_w,
         tiles=tiles,
+        row_stride=row_stride,
         stride_weights_n=weights.stride(0),
         stride_valid_n=0 if valid is None else valid.stride(0),
         stride_valid_c=0 if valid is None else valid.stride(1),
