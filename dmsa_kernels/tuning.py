@@ -12,6 +12,7 @@ This module knows no Triton: a configuration is plain numbers, the launchers tur
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -189,6 +190,8 @@ _L1_BYTES_PER_MEMORY_BYTE = 10
 # The share of the other two's time that the slowest does not hide, assumed: of two tiles that it bounds alike, the one
 # that asks less of them is taken.
 _NOT_HIDDEN = 1 / 8
+# Programs of a multiprocessor from which on it does not matter that some have one more.
+_EVEN_PROGRAMS = 16
 
 
 class Step(NamedTuple):
@@ -293,7 +296,8 @@ def plan_step(
             from_l1 = groups_each * (neighbours + 1) + weights
             from_l2 = groups_each * (min(met, neighbours) + 1) + weights
             memory = 0 if stays else groups_each * 2 + weights / splits
-            programs = -(-tiles * splits // _MULTIPROCESSORS)
+            programs = tiles * splits / _MULTIPROCESSORS
+            programs = math.ceil(programs) if programs < _EVEN_PROGRAMS else programs
             clocks = (from_l1, from_l2 * _L1_BYTES_PER_L2_BYTE, memory * _L1_BYTES_PER_MEMORY_BYTE)
             time = programs * config.pixels * (max(clocks) + _NOT_HIDDEN * sum(clocks))
             if time < least:
@@ -304,6 +308,8 @@ def plan_step(
 
 # Half of the smallest data-centre L2 in use (A100: 40 MB, H100 and H200: 50 to 60 MB) when the device does not tell.
 _DEFAULT_L2_BYTES = 40 << 20
+# Planes that the first and the last iteration pack and unpack themselves: larger ones leave L2 before they are read.
+MIN_PLANAR_BYTES = _DEFAULT_L2_BYTES
 # Taps of a launch that takes 36 us at an H100's first-level cache; the gap to the next one is about 1 us.
 _MIN_TAPS_OF_A_LAUNCH = 1 << 28
 
@@ -314,13 +320,14 @@ def plan_chunks(
     group_bytes: int,
     weights_bytes: int,
     taps: int,
+    buffers: int = 2,
     l2_bytes: int = _DEFAULT_L2_BYTES,
 ) -> tuple[int, int]:
     """Return ``(images, groups)`` worked through all T iterations before the next chunk starts; chunks are even.
 
     A chunk that stays in the L2 cache with its weights and both ping-pong planes saves device memory's time. Where such
     a chunk's launches would be short beside the gaps between them, chunks are as large as memory allows instead: the
-    weights are then read as seldom as possible. The two buffers hold one copy of large masks, to the next whole group.
+    weights are then read as seldom as possible. The buffers hold one copy of large masks, to the next whole group.
 
     Args:
         batch: B, images.
@@ -328,12 +335,13 @@ def plan_chunks(
         group_bytes: bytes of one group's plane of one image.
         weights_bytes: bytes of one image's weights.
         taps: multiply-adds of one group of one image in one iteration.
+        buffers: 2 that take turns, or 1 where the other one is the result's own memory.
         l2_bytes: size of the device's L2 cache.
     """
     if batch == 0 or groups == 0:
         return 1, 1
     budget = 3 * l2_bytes // 4
-    planes = -(-max(budget, batch * groups * group_bytes) // (2 * group_bytes))  # one extra copy of large masks
+    planes = -(-max(budget, batch * groups * group_bytes) // (buffers * group_bytes))  # one extra copy of large masks
     images = budget // (weights_bytes + 2 * groups * group_bytes)
     if images and min(images, batch) * groups * taps < _MIN_TAPS_OF_A_LAUNCH:
         images = batch

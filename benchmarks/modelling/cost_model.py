@@ -76,7 +76,7 @@ def propagate_cost(case: RefineCase, l2_bytes: int = 40 << 20) -> Cost:
     side = tuning.plane_width(channels, 4)
     groups = -(-channels // side)
     plane, weight = 4 * map_size * side, 4 * map_size * neighbours
-    images, some = tuning.plan_chunks(batch, groups, plane, weight, map_size * neighbours * side, l2_bytes)
+    images, some = tuning.plan_chunks(batch, groups, plane, weight, map_size * neighbours * side, 1, l2_bytes)
     chunks = -(-batch // images) * -(-groups // some)
     step = tuning.plan_step("propagate_fwd", None, case.dilations, side, images, some, height, width)
     masks, weights = 4 * case.pixels * channels, 4 * case.pixels * neighbours
@@ -91,7 +91,7 @@ def propagate_cost(case: RefineCase, l2_bytes: int = 40 << 20) -> Cost:
         round(from_l2 * case.num_iter),
         loads,
         loads // 2,  # a multiply-add for each load of four bytes
-        chunks * (case.num_iter + (0 if side == 1 else 2)),
+        chunks * (case.num_iter + (0 if side == 1 or images * some * plane >= tuning.MIN_PLANAR_BYTES else 2)),
     )
 
 

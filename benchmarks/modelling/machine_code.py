@@ -62,6 +62,7 @@ class Code:
         loop: those of its longest loop, without the parts that a branch may skip.
         skipped: those parts.
         parts: how many of these there are.
+        nested: instructions of the longest loop inside that loop, which are among the others.
     """
 
     registers: int
@@ -70,6 +71,7 @@ class Code:
     loop: Count = field(repr=False)
     skipped: Count = field(repr=False)
     parts: int = 0
+    nested: Count = field(repr=False, default_factory=Count)
 
     @property
     def spills(self) -> int:
@@ -123,8 +125,12 @@ def parse_code(usage: str, text: str) -> Code:
     length = last - first
     skipped = [(i + 1, to) for i, to in jumps if first <= i < to <= last and 15 < to - i < length // 2]
     parts = sum((count(*part) for part in skipped), Count())
+    inside = [loop for loop in loops if first <= loop[0] and loop[1] <= last and loop != (first, last)]
+    nested = count(*max(inside, key=lambda loop: loop[1] - loop[0], default=(0, 0)))
     found = parse_usage(usage)
-    return Code(found["registers"], found["stack"], count(0, end), count(first, last) - parts, parts, len(skipped))
+    return Code(
+        found["registers"], found["stack"], count(0, end), count(first, last) - parts, parts, len(skipped), nested
+    )
 
 
 def read(cubin: bytes) -> Code:

@@ -119,21 +119,30 @@ class Model:
 
     def _propagation(self, launch: Launch, code: Code) -> Cost:
         a, gpu = launch.arguments, self.gpu
-        plane, weight = _ITEMSIZE[launch.types["planes_ptr"]], _ITEMSIZE[launch.types["weights_ptr"]]
+        # the planes' dtype is that of the side that is not planar
+        planar = {"in": "planes_ptr", "out": "out_ptr"}.get(a["PLANAR"])
+        plane = _ITEMSIZE[launch.types["out_ptr" if a["PLANAR"] == "in" else "planes_ptr"]]
+        weight = _ITEMSIZE[launch.types["weights_ptr"]]
         neighbours, pixel = 8 * len(a["DILATIONS"]), a["BLOCK_C"] * plane
+        lanes, met = 1, pixel
+        if a["PLANAR"] == "in":  # the taps of a group's channels, one after another
+            lanes, met = a["BLOCK_C"], _ITEMSIZE[launch.types["planes_ptr"]]
         groups, splits, tiles = a["groups"], a["splits"], a["tiles"]
         images = launch.grid // (tiles * splits)
         pixels = images * a["height"] * a["width"]
         programs = launch.grid * launch.num_warps
         loops = images * tiles * groups * launch.num_warps
-        seconds = _seconds(_scaled([(code.outside, programs), (code.loop + code.skipped, loops)]), gpu)
+        repeated = a["channels"] / groups - 1 if lanes > 1 else 0
+        counts = [(code.outside, programs), (code.loop + code.skipped, loops), (code.nested, loops * repeated)]
+        seconds = _seconds(_scaled(counts), gpu)
         resident = gpu.resident_warps(code.registers, launch.num_warps) // launch.num_warps
         from_l2 = self._cache_misses(
-            a["height"], a["width"], a["groups_each"], pixel, weight, a["BLOCK_H"], a["BLOCK_W"], a["row_stride"],
+            a["height"], a["width"], a["groups_each"] * lanes, met, weight, a["BLOCK_H"], a["BLOCK_W"], a["row_stride"],
             resident, min(images, 4), tuple(a["DILATIONS"]),
         )  # fmt: skip
         seconds["L2"] = pixels * (from_l2 * splits + groups * pixel) / gpu.l2_bytes_per_s
-        moved = pixels * (neighbours * weight + 2 * groups * pixel)
+        other = a["channels"] * _ITEMSIZE[launch.types[planar]] if planar else groups * pixel
+        moved = pixels * (neighbours * weight + groups * pixel + other)
         seconds["memory"] = 0.0 if moved <= 0.75 * gpu.l2_bytes else moved / gpu.copy_bytes_per_s
         taps = pixels * neighbours * groups * pixel / gpu.l1_bytes_per_s
         return Cost(launch.name, seconds, _uneven(launch.grid, gpu), code.registers, code.spills, taps)

@@ -94,7 +94,7 @@ class Driver:
         from dmsa_kernels import compat, tuning
 
         if l2_bytes is not None:
-            tuning.plan_chunks.__defaults__ = (l2_bytes,)
+            tuning.plan_chunks.__defaults__ = (2, l2_bytes)
         self.capability = int(os.environ["STUB_CAPABILITY"])
         self.folder = Path(os.environ[_FOLDER])
         self._library = ctypes.CDLL(str(self.folder / "libcuda.so.1"))

@@ -245,6 +245,28 @@ def test_chunks_are_exact(kernels, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("num_iter", [1, 2, 3])
+@pytest.mark.parametrize(("channels", "use_valid", "dtype"), [(7, False, torch.float32), (8, True, torch.float16)])
+def test_masks_that_are_not_packed_give_the_same(kernels, monkeypatch, num_iter, channels, use_valid, dtype):
+    """The first iteration reads masks as they are and the last writes them so, in chunks and for labels as well."""
+    weights = reference.local_affinity(rand(2, 3, 5, 7), [1, 3], fast=False, **constants(PAR))
+    masks = rand(2, channels, 5, 7, seed=1).to(dtype)
+    valid = rand(2, channels, seed=3) > 0.4 if use_valid else None
+    if use_valid:
+        valid[1, :4] = False  # a whole group
+        masks = masks.masked_fill(~valid[:, :, None, None], float("nan"))
+    arguments = weights, masks, [1, 3], num_iter, valid
+    whole, labels = kernels[1].propagate(*arguments), kernels[1].propagate_labels(*arguments)
+    monkeypatch.setattr(tuning, "MIN_PLANAR_BYTES", 0)
+    for images, groups in ((2, 2), (1, 1)):
+        monkeypatch.setattr(tuning, "plan_chunks", lambda *sizes, plan=(images, groups): plan)
+        plans.clear()
+        assert torch.equal(kernels[1].propagate(*arguments), whole)
+        for a, b in zip(kernels[1].propagate_labels(*arguments), labels, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("row_stride", [2, 3, 8])
 def test_tiles_of_distant_rows_are_exact(kernels, monkeypatch, row_stride):
     """Eleven tiles of two rows, of which the last is not full, in blocks of ``row_stride`` and what is left."""

@@ -18,12 +18,10 @@ from torch import Tensor
 
 from dmsa_kernels import plans, tuning
 from dmsa_kernels.refine.spec import position_vector
-from dmsa_kernels.refine.triton.common import LAUNCH, OFFLINE_DILATIONS, in_float32, needs_int64
+from dmsa_kernels.refine.triton.common import LAUNCH, NOTHING, OFFLINE_DILATIONS, in_float32, needs_int64
 
 # Image channels one launch takes; more are summed over several launches.
 MAX_CHANNELS = 4
-# What a row that is no neighbour adds to a sum: 0 would turn a sum of -0 into 0, so the compiler would have to add it.
-NOTHING = tl.constexpr(-0.0)
 
 
 @triton.jit

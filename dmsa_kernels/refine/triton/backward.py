@@ -18,8 +18,8 @@ from torch import Tensor
 
 from dmsa_kernels import plans, tuning
 from dmsa_kernels.refine.triton import affinity, propagate
-from dmsa_kernels.refine.triton.affinity import NOTHING, inverse_scale, neighbourhood, weights_offsets
-from dmsa_kernels.refine.triton.common import LAUNCH, OFFLINE_DILATIONS, in_float32, needs_int64
+from dmsa_kernels.refine.triton.affinity import inverse_scale, neighbourhood, weights_offsets
+from dmsa_kernels.refine.triton.common import LAUNCH, NOTHING, OFFLINE_DILATIONS, in_float32, needs_int64
 
 # Pixels along an edge, and of a tile, that one program owns.
 BLOCK_EDGE = 32

@@ -11,6 +11,9 @@ from torch import Tensor
 TAP_Y = tl.constexpr((-1, -1, -1, 0, 0, 1, 1, 1))
 TAP_X = tl.constexpr((-1, 0, 1, -1, 1, -1, 0, 1))
 
+# What a row or lane that is none adds to a sum: 0 would turn a sum of -0 into 0, so the compiler would have to add it.
+NOTHING = tl.constexpr(-0.0)
+
 # The kernels write their fused multiply-adds out; naming the option keeps its changing default out of the result.
 LAUNCH = {"enable_fp_fusion": True}
 

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dmsa_kernels import compat, plans, tuning
-from dmsa_kernels.refine.triton.common import LAUNCH, OFFLINE_DILATIONS, TAP_X, TAP_Y, needs_int64
+from dmsa_kernels.refine.triton.common import LAUNCH, NOTHING, OFFLINE_DILATIONS, TAP_X, TAP_Y, needs_int64
 
 # Weights a thread can hold in registers; longer dilation lists read them again for every channel group, and so do all
 # before Triton 3.4.
@@ -92,13 +92,16 @@ def propagate_copy_kernel(
         "tiles_w",
         "tiles",
         "row_stride",
+        "stride_masks_n",
+        "stride_masks_c",
+        "stride_masks_h",
         "stride_weights_n",
     ]
 )
 def propagate_fwd_kernel(
-    planes_ptr,  # [n, groups, H, W, BLOCK_C]
+    planes_ptr,  # [n, groups, H, W, BLOCK_C]; PLANAR "in": masks [n, C, H, W], rows contiguous
     weights_ptr,  # [n, P, H, W]
-    out_ptr,  # like planes_ptr
+    out_ptr,  # [n, groups, H, W, BLOCK_C]; PLANAR "out": masks [n, C, H, W], rows contiguous
     valid_ptr,  # [n, C] uint8, 0 or 1
     rows_ptr,  # [n, groups, 2, W, BLOCK_C] fp32, ADJOINT only: what clamping adds to the top and bottom rows
     columns_ptr,  # [n, groups, 2, H, BLOCK_C] fp32, ADJOINT only: the same for the left and right columns
@@ -113,6 +116,9 @@ def propagate_fwd_kernel(
     tiles_w,
     tiles,
     row_stride,  # tiles, one below the other, to which rows are dealt in turn
+    stride_masks_n,
+    stride_masks_c,
+    stride_masks_h,
     stride_weights_n,
     stride_valid_n,
     stride_valid_c,
@@ -121,6 +127,7 @@ def propagate_fwd_kernel(
     HAS_ANCHOR: tl.constexpr,
     HOLD_WEIGHTS: tl.constexpr,
     ADJOINT: tl.constexpr,
+    PLANAR: tl.constexpr,  # "in" the first iteration reads masks as they are, "out" the last writes them so, or ""
     INT64: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -180,7 +187,29 @@ def propagate_fwd_kernel(
         o_plane = (i_n * groups + i_group) * plane
         acc = tl.zeros([PIXELS, BLOCK_C], dtype=tl.float32)
         some = tl.max(m_c.to(tl.int32), axis=0) if HAS_VALID else 1
-        if some > 0:
+        if PLANAR == "in":
+            lane = 0
+            while lane < BLOCK_C:
+                i_c = i_group * BLOCK_C + lane
+                if INT64:
+                    i_c = i_c.to(tl.int64)
+                is_read = i_c < channels
+                if HAS_VALID:
+                    p_valid = valid_ptr + i_n * stride_valid_n + i_c * stride_valid_c
+                    is_read = tl.load(p_valid, mask=is_read, other=0) != 0
+                if is_read:
+                    p_masks = planes_ptr + i_n * stride_masks_n + i_c * stride_masks_c
+                    # [PIXELS]
+                    total = tl.zeros([PIXELS], dtype=tl.float32)
+                    for p in tl.static_range(P):
+                        q_y = tl.minimum(tl.maximum(o_y + list(TAP_Y)[p % 8] * list(DILATIONS)[p // 8], 0), height - 1)
+                        q_x = tl.minimum(tl.maximum(o_x + list(TAP_X)[p % 8] * list(DILATIONS)[p // 8], 0), width - 1)
+                        # rounded like planes
+                        tap = tl.load(p_masks + q_y * stride_masks_h + q_x).to(out_ptr.dtype.element_ty)
+                        total = tl.fma(held[p], tap.to(tl.float32), total)
+                    acc = tl.where((o_lane == lane)[None, :], total[:, None], acc)
+                lane += 1
+        elif some > 0:
             for p in tl.static_range(P):
                 # [PIXELS, BLOCK_C]
                 if ADJOINT:
@@ -231,9 +260,22 @@ def propagate_fwd_kernel(
         if HAS_VALID:
             # a weight that is NaN must not turn the zeros of a channel that is not valid into NaN
             acc = tl.where(m_c[None, :], acc, 0.0)
-        # [PIXELS, BLOCK_C]; groups without a valid channel are never read, so they are not written either
-        p_out = out_ptr + o_out[:, None] + o_lane[None, :]
-        tl.store(p_out, acc.to(out_ptr.dtype.element_ty), mask=m_out[:, None])
+        if PLANAR == "out":
+            # all channels, those that are not valid too; rounded like planes
+            acc = acc.to(planes_ptr.dtype.element_ty).to(tl.float32)
+            p_masks = out_ptr + i_n * stride_masks_n + o_y * stride_masks_h + o_x
+            for lane in tl.static_range(BLOCK_C):
+                i_c = i_group * BLOCK_C + lane
+                m_masks = (o_y < tl.where(i_c < channels, height, 0)) & (o_x < width)
+                if INT64:
+                    i_c = i_c.to(tl.int64)
+                # [PIXELS]: the sum is of one number, what is added to it is left out by the compiler
+                b_masks = tl.sum(tl.where((o_lane == lane)[None, :], acc, NOTHING), axis=1)
+                tl.store(p_masks + i_c * stride_masks_c, b_masks.to(out_ptr.dtype.element_ty), mask=m_masks)
+        else:
+            # [PIXELS, BLOCK_C]; groups without a valid channel are never read, so they are not written either
+            p_out = out_ptr + o_out[:, None] + o_lane[None, :]
+            tl.store(p_out, acc.to(out_ptr.dtype.element_ty), mask=m_out[:, None])
         i_group += 1
 
 
@@ -318,7 +360,9 @@ def l2_bytes(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).L2_cache_size
 
 
-def chunks(weights: Tensor, channels: int, width: int, itemsize: int, device: torch.device) -> tuple[int, int]:
+def chunks(
+    weights: Tensor, channels: int, width: int, itemsize: int, device: torch.device, buffers: int
+) -> tuple[int, int]:
     """Return how many images and channels are worked through all iterations together; see ``tuning.plan_chunks``."""
     batch, neighbours, height, columns = weights.shape
     pixels = height * columns
@@ -329,6 +373,7 @@ def chunks(weights: Tensor, channels: int, width: int, itemsize: int, device: to
         pixels * width * itemsize,
         pixels * neighbours * weights.element_size(),
         pixels * neighbours * width,
+        buffers,
     )
     images, groups = plan(l2_bytes(device)) if device.type == "cuda" else plan()
     return images, min(groups * width, channels)
@@ -358,6 +403,16 @@ def plane_width(channels: int, dtype: torch.dtype, neighbours: int, has_valid: b
 def is_plane(masks: Tensor, valid: Tensor | None, width: int, dtype: torch.dtype) -> bool:
     """Return whether masks ``[n, C, H, W]`` already are planes of one channel each."""
     return width == 1 and valid is None and masks.dtype == dtype and masks.is_contiguous()
+
+
+def reads_planar(masks: Tensor, shape: tuple[int, ...], weights: Tensor) -> bool:
+    """Return whether the first and the last iteration take masks ``[n, C, H, W]`` as they are, and none are packed.
+
+    Packing launches would pass device memory for planes larger than a cache. For smaller ones two more variants of the
+    kernel are not worth their compilation.
+    """
+    large = math.prod(shape) * masks.element_size() >= tuning.MIN_PLANAR_BYTES
+    return large and shape[4] > 1 and masks.stride(3) == 1 and holds_weights(weights.shape[1])
 
 
 def copy(trace: plans.Trace, masks: Tensor, planes: Tensor, valid: Tensor | None, *, pack: bool) -> None:
@@ -416,32 +471,51 @@ def iterate(
     valid: Tensor | None,
     width: int,
     buffers: Planes,
-    last: Tensor | None = None,
     anchor: Tensor | None = None,
+    out: Tensor | None = None,
+    spare: Tensor | None = None,
 ) -> Tensor:
-    """Pack ``masks [n, C, H, W]`` and launch ``num_iter`` iterations; return the result's planes, which are ``last``.
+    """Launch ``num_iter`` iterations on ``masks [n, C, H, W]`` and return the last planes.
 
-    The caller's masks may be the first planes themselves, and are never written; nor are first planes that an anchor
-    ``[n, 1, H, W]`` keeps.
+    The masks may be the first planes themselves, or be packed, or be packed by the first iteration itself where that
+    saves time. They are never written; nor are first planes that an anchor ``[n, 1, H, W]`` keeps.
+
+    Args:
+        out: where the result goes, like the masks; None if the planes themselves are wanted.
+        spare: planes that may be written as long as ``out`` is not, in whose memory they may lie.
     """
     count, channels, rows, columns = masks.shape
     shape = (count, triton.cdiv(channels, width), rows, columns, width)
+    launch = functools.partial(step, trace, dilations=dilations, channels=channels, valid=valid)
+    planar = anchor is None and num_iter > 1 and reads_planar(masks, shape, weights)
+    planar_out = planar and out is not None and out.stride(3) == 1
+    direct = out is not None and is_plane(out, valid, width, buffers.dtype)
+    steps = num_iter - planar_out  # those that write planes
+
+    def written(t: int) -> Tensor:
+        """Return what step ``t`` of ``steps`` writes; 0 is the packing."""
+        if t == 0 and anchor is not None:
+            return buffers.take(2, shape)
+        if direct:
+            return out.unsqueeze(-1) if (steps - t) % 2 == 0 else buffers.take(0, shape)
+        return buffers.take(0, shape) if (steps - t) % 2 == 0 else buffers.take(1, shape) if spare is None else spare
+
     if is_plane(masks, valid, width, buffers.dtype):
         planes = masks.unsqueeze(-1)
-        free = [0, 1]
+    elif planar:
+        planes = written(1)
+        launch(masks, weights, planes, planar="in")
     else:
-        planes = buffers.take(0, shape)
+        planes = written(0)
         copy(trace, masks, planes, valid, pack=True)
-        free = [1, 0] if anchor is None else [1, 2]
     held = None if anchor is None else (planes, anchor)
-    for t in range(num_iter):
-        if last is not None and (num_iter - t) % 2:
-            written = last
-        else:
-            written = buffers.take(free[0], shape)
-            free = free if last is not None else free[::-1]
-        step(trace, planes, weights, written, dilations, channels, valid, anchor=held)
-        planes = written
+    for t in range(1 + planar, steps + 1):
+        launch(planes, weights, written(t), anchor=held)
+        planes = written(t)
+    if planar_out:
+        launch(planes, weights, out, planar="out")
+    elif out is not None and not direct:
+        copy(trace, out, planes, valid, pack=False)
     return planes
 
 
@@ -455,14 +529,17 @@ def step(
     valid: Tensor | None,
     borders: tuple[Tensor, Tensor] | None = None,
     anchor: tuple[Tensor, Tensor] | None = None,
+    planar: str = "",
 ) -> None:
     """Launch one iteration from ``planes`` into ``out``, both ``[n, groups, H, W, width]``.
 
     Args:
         borders: the border sums of the transpose (rows, columns); None for the iteration itself.
         anchor: the first planes and the share ``[n, 1, H, W]`` that is kept of them, or None.
+        planar: "in" or "out" if those are masks ``[n, C, H, W]``.
     """
-    count, groups, rows, columns, width = planes.shape
+    count, groups, rows, columns, width = out.shape if planar == "in" else planes.shape
+    masks = planes if planar == "in" else out  # read only if planar
     neighbours = weights.shape[1]
     kernel = "propagate_fwd" if borders is None else "propagate_bwd"
     key = tuning_key(neighbours, rows * columns, width)
@@ -492,6 +569,9 @@ def step(
         tiles_w=tiles_w,
         tiles=tiles,
         row_stride=row_stride,
+        stride_masks_n=masks.stride(0),
+        stride_masks_c=masks.stride(1),
+        stride_masks_h=masks.stride(2),
         stride_weights_n=weights.stride(0),
         stride_valid_n=0 if valid is None else valid.stride(0),
         stride_valid_c=0 if valid is None else valid.stride(1),
@@ -500,6 +580,7 @@ def step(
         HAS_ANCHOR=anchor is not None,
         HOLD_WEIGHTS=holds_weights(neighbours),
         ADJOINT=borders is not None,
+        PLANAR=planar,
         INT64=needs_int64(planes, weights, out),
         BLOCK_C=width,
         BLOCK_H=config.block_h,
@@ -551,40 +632,62 @@ def propagate(
     """
     if num_iter == 0 or masks.numel() == 0:
         return without_invalid(masks, valid_classes)
-    out = torch.empty_like(masks)
-    tensors = (weights.contiguous(), masks, out, flags(valid_classes), dense(anchor))
-    plans.run(_schedule, tensors, tuple(int(d) for d in dilations), num_iter)
+    out, storage = room_for_planes(masks, weights, valid_classes)
+    tensors = (weights.contiguous(), masks, storage, flags(valid_classes), dense(anchor))
+    plans.run(_schedule, tensors, tuple(int(d) for d in dilations), num_iter, tuple(out.stride()))
     return out
+
+
+def room_for_planes(masks: Tensor, weights: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return a result like ``masks [B, C, H, W]`` and the memory it begins.
+
+    That of a contiguous result in the planes' dtype has room for all planes and their alignment, so that it can be one
+    of the two buffers.
+    """
+    batch, channels, rows, columns = masks.shape
+    dtype = plane_dtype(weights)
+    out = torch.empty_like(masks, device="meta")
+    if not out.is_contiguous() or masks.dtype != dtype:
+        out = torch.empty_like(masks)
+        return out, out
+    width = plane_width(channels, dtype, weights.shape[1], valid is not None, masks.device)
+    padded = batch * triton.cdiv(channels, width) * width * rows * columns + 16 // dtype.itemsize
+    storage = torch.empty(padded, dtype=dtype, device=masks.device)
+    return storage.as_strided(out.shape, out.stride()), storage
 
 
 def _schedule(
     trace: plans.Trace,
     weights: Tensor,
     masks: Tensor,
-    out: Tensor,
+    storage: Tensor,
     valid_classes: Tensor | None,
     anchor: Tensor | None,
     dilations: tuple[int, ...],
     num_iter: int,
+    strides: tuple[int, ...],
 ) -> None:
     dtype = plane_dtype(weights)
-    batch, channels, _, _ = masks.shape
+    batch, channels, rows, columns = masks.shape
+    out = storage.as_strided(masks.shape, strides)
     width = plane_width(channels, dtype, weights.shape[1], valid_classes is not None, trace.device)
-    images, chunk = chunks(weights, channels, width, dtype.itemsize, trace.device)
+    has_room = storage.dim() == 1
+    images, chunk = chunks(weights, channels, width, dtype.itemsize, trace.device, 1 if has_room else 2)
     buffers = Planes(trace, dtype)
     for n in range(0, batch, images):
         for c in range(0, channels, chunk):
             here = (slice(n, n + images), slice(c, c + chunk))
+            part = masks[here]
             valid = None if valid_classes is None else valid_classes[here]
-            target = out[here]
-            direct = is_plane(target, valid, width, dtype)
-            last = target.unsqueeze(-1) if direct else None
             share = None if anchor is None else anchor[here[0]]
-            planes = iterate(
-                trace, masks[here], weights[here[0]], dilations, num_iter, valid, width, buffers, last, share
-            )
-            if not direct:
-                copy(trace, target, planes, valid, pack=False)
+            spare = None
+            if has_room and (images == 1 or chunk >= channels):
+                # from where the chunk's result will lie, aligned; what lies behind it is not computed yet
+                shape = (part.shape[0], triton.cdiv(part.shape[1], width), rows, columns, width)
+                first = triton.cdiv(out[here].storage_offset() * dtype.itemsize, 16) * 16 // dtype.itemsize
+                spare = storage[first : first + math.prod(shape)].view(shape)
+            weight = weights[here[0]]
+            iterate(trace, part, weight, dilations, num_iter, valid, width, buffers, share, out[here], spare)
 
 
 def propagate_labels(
@@ -625,7 +728,7 @@ def _labels_schedule(
     # zero iterations compare the masks as they are, in a dtype that holds them exactly
     dtype = plane_dtype(weights) if num_iter else torch.float32
     width = plane_width(channels, dtype, weights.shape[1], valid_classes is not None, trace.device)
-    images, chunk = chunks(weights, channels, width, dtype.itemsize, trace.device)
+    images, chunk = chunks(weights, channels, width, dtype.itemsize, trace.device, 2)
     blocks = triton.cdiv(rows * columns, BLOCK_PIXELS)
     buffers = Planes(trace, dtype)
     for n in range(0, batch, images):
@@ -634,7 +737,7 @@ def _labels_schedule(
             part = masks[here]
             valid = None if valid_classes is None else valid_classes[here]
             share = None if anchor is None else anchor[here[0]]
-            planes = iterate(trace, part, weights[here[0]], dilations, num_iter, valid, width, buffers, anchor=share)
+            planes = iterate(trace, part, weights[here[0]], dilations, num_iter, valid, width, buffers, share)
             trace.launch(
                 propagate_labels_kernel,
                 part.shape[0] * blocks,
@@ -683,6 +786,7 @@ def offline_cases() -> Iterator[tuning.OfflineCase]:
                 "HAS_ANCHOR": False,
                 "HOLD_WEIGHTS": holds_weights(8 * len(dilations)),
                 "ADJOINT": False,
+                "PLANAR": "",
                 "INT64": False,
                 "BLOCK_C": width,
                 "BLOCK_H": config.block_h,
@@ -690,7 +794,7 @@ def offline_cases() -> Iterator[tuning.OfflineCase]:
             }
             | constants,
             num_warps=config.num_warps,
-            every_target=not constants,
+            every_target=not constants or "PLANAR" in constants,
             but_for=("sm_120",) if width == 8 and len(dilations) > 4 else (),
         )
 
@@ -705,6 +809,10 @@ def offline_cases() -> Iterator[tuning.OfflineCase]:
         yield case("exact, one channel", dilations, default, 1)
     for (config, width), dilations in longest.items():  # the list that leaves a configuration least room
         yield case("tile", dilations, config, width, INT64=False)
+    for (config, width), dilations in longest.items():
+        if config in (tuning.Config(8, 64, 16), tuning.Config(16, 32, 16), tuning.Config(2, 128, 8)):
+            for side in ("in", "out"):
+                yield case(f"planar {side}", dilations, config, width, PLANAR=side)
     for dilations in OFFLINE_DILATIONS[-2:]:
         yield case("exact, valid", dilations, default, 4, HAS_VALID=True)
         yield case("exact, transposed", dilations, default, 4, ADJOINT=True)
