@@ -3,13 +3,15 @@
     python -m benchmarks.modelling.spills                       # all instruction sets, one after another
     python -m benchmarks.modelling.spills --capability 86 --lists 6
 
-Lists of one to eight dilations, guides of 1, 3 and 4 channels, exact and fast, flags, anchors, both gradients; and the
-convolution on maps of random sizes. Exit status 1 if something spills.
+Lists of one to eight dilations, guides of 1, 3 and 4 channels, exact and fast, flags, anchors, both gradients, tiles of
+every number of warps, masks that are packed and such as are large enough not to be; and the convolution on random maps.
+Exit status 1 if something spills.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import random
 import sys
@@ -26,7 +28,18 @@ def calls(lists: Sequence[int], maps: int) -> Iterator[tuple[str, Callable[[], o
     """Yield a name and a call for every variant."""
     import torch
 
-    from dmsa_kernels import local_affinity, multi_dilation_dwconv, propagate
+    from dmsa_kernels import local_affinity, multi_dilation_dwconv, plans, propagate, tuning
+    from dmsa_kernels.refine.triton.propagate import plane_width
+
+    def forced(call: Callable[[], object], tile: tuning.Config, least: int) -> object:
+        """Run a call as a larger or smaller map would be: with this tile, and masks of ``least`` bytes not packed."""
+        kept = tuning._CONFIGS["propagate_fwd"], tuning.MIN_PLANAR_BYTES
+        tuning._CONFIGS["propagate_fwd"], tuning.MIN_PLANAR_BYTES = (tile,), least
+        plans.clear()
+        try:
+            return call()
+        finally:
+            tuning._CONFIGS["propagate_fwd"], tuning.MIN_PLANAR_BYTES = kept
 
     height, width = 96, 320  # several of every tile
     for count in lists:
@@ -51,7 +64,13 @@ def calls(lists: Sequence[int], maps: int) -> Iterator[tuple[str, Callable[[], o
                     def run(affinity=affinity, masks=masks, extra=extra) -> object:
                         return propagate(affinity, masks, 2, **extra)
 
-                    yield f"{count} dilations, {classes} classes {flags}, {precision}", run
+                    name = f"{count} dilations, {classes} classes {flags}, {precision}"
+                    side = plane_width(classes, affinity.weights.dtype, 8 * count, flags == "valid", masks.device)
+                    tiles = tuning.configs("propagate_fwd", neighbours=8 * count, width=side)
+                    for tile in {tile.num_warps: tile for tile in tiles}.values():
+                        yield f"{name}, {tile}", functools.partial(forced, run, tile, 1 << 62)
+                        if side > 1 and flags != "anchor":
+                            yield f"{name}, {tile}, not packed", functools.partial(forced, run, tile, 0)
                     if precision == "exact" and classes < 24:
 
                         def gradients(dilations=dilations, masks=masks, extra=extra) -> object:
