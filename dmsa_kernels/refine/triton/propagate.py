@@ -188,6 +188,9 @@ def propagate_fwd_kernel(
         acc = tl.zeros([PIXELS, BLOCK_C], dtype=tl.float32)
         some = tl.max(m_c.to(tl.int32), axis=0) if HAS_VALID else 1
         if PLANAR == "in":
+            # reads nothing, but gives the sums the layout of planes: their lanes need no way through shared memory
+            p_none = out_ptr + ((o_plane + o_y * width + o_x) * BLOCK_C)[:, None] + o_lane[None, :]
+            acc = tl.load(p_none, mask=(o_y < tl.where(i_group < 0, height, 0))[:, None], other=0.0).to(tl.float32)
             lane = 0
             while lane < BLOCK_C:
                 i_c = i_group * BLOCK_C + lane
