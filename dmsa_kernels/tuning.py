@@ -76,7 +76,7 @@ _CONFIGS: dict[str, tuple[Config, ...]] = {
 
 # The most weights a thread can hold beside planes of up to four channels and of eight, by the warps of a program: with
 # 16 it has 128 registers, with 32 it has 64. Read off the offline compiler (``python -m tests.offline``).
-_MOST_HELD = {16: {4: 48, 8: 32}, 32: {4: 16, 8: 8}}
+_MOST_HELD = {16: {4: 64, 8: 32}, 32: {4: 16, 8: 8}}
 
 
 def prune(candidates: Iterable[Config], *, neighbours: int, width: int = 4) -> list[Config]:
@@ -262,6 +262,7 @@ def plan_step(
     groups: int,
     height: int,
     columns: int,
+    most_warps: int = 32,
 ) -> Step:
     """Return how to launch an iteration on ``count`` images ``[groups, height, columns, width]``.
 
@@ -279,16 +280,19 @@ def plan_step(
         groups: channel groups of an image.
         height: rows.
         columns: columns.
+        most_warps: of a program.
     """
     neighbours = 8 * len(dilations)
     weights = neighbours / width  # counted like a pixel of a group, whose channels are side by side
     stays = count * height * columns * (weights + 2 * groups) * 16 <= 0.75 * _DEFAULT_L2_BYTES
     measured = _CHOSEN.get((kernel, key))
-    candidates = [measured] if measured else configs(kernel, neighbours=neighbours, width=width)
+    if measured and measured.num_warps <= most_warps:
+        candidates = [measured]
+    else:
+        found = configs(kernel, neighbours=neighbours, width=width)
+        candidates = [config for config in found if config.num_warps <= most_warps]
     best, least = None, float("inf")
     for config in candidates:
-        if config.block_w < 32 and config != measured:
-            continue  # a warp's loads would be of several rows
         tiles = count * -(-height // config.block_h) * -(-columns // config.block_w)
         met, row_stride = min((_mean_distinct_taps(dilations, config, s, height), s) for s in _row_strides(dilations))
         for splits in range(1, min(groups, 8) + 1):

@@ -267,6 +267,20 @@ def test_masks_that_are_not_packed_give_the_same(kernels, monkeypatch, num_iter,
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("least", [0, 1 << 40])
+def test_eight_dilations(kernels, monkeypatch, least):
+    """More weights than leave room for the taps' places; masks packed, and read and written as they are."""
+    monkeypatch.setattr(tuning, "MIN_PLANAR_BYTES", least)
+    plans.clear()
+    dilations = [1, 2, 3, 4, 5, 6, 7, 9]
+    weights = reference.local_affinity(rand(1, 3, 5, 6), dilations, fast=False, **constants(PAR))
+    masks = rand(1, 7, 5, 6, seed=1)
+    exact = reference.propagate(weights.double(), masks.double(), dilations, 3, None)
+    low = eager.propagate(weights, masks, dilations, 3, None)
+    close(kernels[1].propagate(weights, masks, dilations, 3, None), exact, low, reach=9)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("row_stride", [2, 3, 8])
 def test_tiles_of_distant_rows_are_exact(kernels, monkeypatch, row_stride):
     """Eleven tiles of two rows, of which the last is not full, in blocks of ``row_stride`` and what is left."""

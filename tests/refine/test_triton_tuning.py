@@ -135,10 +135,12 @@ def test_the_last_tiles_of_a_column_lie_closer():
 def test_the_tile_fits_the_registers():
     assert step((8, 16), 1, 38, 512, 683).config.num_warps >= 8
     assert step(SIX, 16, 6, 160, 160).config == tuning.Config(16, 32, 16)
-    # 64 weights leave room for eight warps: of those tiles, wide ones meet the fewest pixels twice
-    long = step((1, 2, 4, 8, 12, 24, 32, 64), 1, 4, 1024, 1024).config
-    assert long.num_warps == 8
-    assert long.block_w > 32
+    # 64 weights leave room for 16 warps, and beside eight channels for 8
+    long = (1, 2, 4, 8, 12, 24, 32, 64)
+    assert step(long, 1, 4, 1024, 1024).config.num_warps == 16
+    assert step(long, 1, 2, 1024, 1024, side=8).config.num_warps == 8
+    few = tuning.plan_step("propagate_fwd", None, long, 4, 1, 4, 1024, 1024, most_warps=8)
+    assert few.config.num_warps == 8
 
 
 def test_groups_are_shared_only_where_the_device_would_idle():

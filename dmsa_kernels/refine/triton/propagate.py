@@ -142,6 +142,7 @@ def propagate_fwd_kernel(
     """
     P: tl.constexpr = 8 * len(DILATIONS)
     PIXELS: tl.constexpr = BLOCK_H * BLOCK_W
+    AGAIN: tl.constexpr = P > 48 and BLOCK_C < 8
     # programs that share a tile's weights run side by side
     i_split = tl.program_id(0) % splits
     i_tile = (tl.program_id(0) // splits) % tiles
@@ -187,6 +188,9 @@ def propagate_fwd_kernel(
         o_plane = (i_n * groups + i_group) * plane
         acc = tl.zeros([PIXELS, BLOCK_C], dtype=tl.float32)
         some = tl.max(m_c.to(tl.int32), axis=0) if HAS_VALID else 1
+        # beside so many weights there is no room to keep the taps' places, so they are computed for every group: the
+        # compiler does not know that a group's number is never negative
+        o_again = o_y + (i_group < 0).to(tl.int32) if AGAIN else o_y
         if PLANAR == "in":
             # reads nothing, but gives the sums the layout of planes: their lanes need no way through shared memory
             p_none = out_ptr + ((o_plane + o_y * width + o_x) * BLOCK_C)[:, None] + o_lane[None, :]
@@ -224,9 +228,9 @@ def propagate_fwd_kernel(
                     tap = tl.load(planes_ptr + o_tap[:, None] + o_lane[None, :], mask=m_tap, other=0.0).to(tl.float32)
                 else:
                     # clamped, so inside the plane even for pixels outside the map: no mask needed
-                    q_y = tl.minimum(tl.maximum(o_y + list(TAP_Y)[p % 8] * list(DILATIONS)[p // 8], 0), height - 1)
+                    q_y = tl.minimum(tl.maximum(o_again + list(TAP_Y)[p % 8] * list(DILATIONS)[p // 8], 0), height - 1)
                     q_x = tl.minimum(tl.maximum(o_x + list(TAP_X)[p % 8] * list(DILATIONS)[p // 8], 0), width - 1)
-                    o_tap = (o_plane + q_y * width + q_x) * BLOCK_C
+                    o_tap = (((i_n * groups + i_group) * height + q_y) * width + q_x) * BLOCK_C
                     tap = tl.load(planes_ptr + o_tap[:, None] + o_lane[None, :]).to(tl.float32)
                 if HOLD_WEIGHTS:
                     w = held[p]
@@ -553,7 +557,10 @@ def step(
     if borders is not None and valid is not None and neighbours > 56 and width == 4 and is_capability_12(trace.device):
         kernel = "propagate_bwd_crowded"
     key = tuning_key(neighbours, rows * columns, width)
-    config, row_stride, groups_each = tuning.plan_step(kernel, key, dilations, width, count, groups, rows, columns)
+    most_warps = 8 if planar == "in" and neighbours > 48 else 32  # with 16, the loads of single channels spill
+    config, row_stride, groups_each = tuning.plan_step(
+        kernel, key, dilations, width, count, groups, rows, columns, most_warps
+    )
     tiles_w = triton.cdiv(columns, config.block_w)
     tiles = tiles_w * triton.cdiv(rows, config.block_h)
     splits = triton.cdiv(groups, groups_each)
@@ -815,20 +822,22 @@ def offline_cases() -> Iterator[tuning.OfflineCase]:
             but_for=("sm_120",) if width == 8 and len(dilations) > 4 else but_for,
         )
 
-    longest: dict[tuple[tuning.Config, int], tuple[int, ...]] = {}
+    longest: dict[tuple[tuning.Config, int, bool], tuple[int, ...]] = {}
     for dilations in OFFLINE_DILATIONS:
         for width, label in ((4, "exact"), (8, "fast")):
             default, *others = tuning.configs("propagate_fwd", neighbours=8 * len(dilations), width=width)
             yield case(label, dilations, default, width)
-            longest |= {(config, width): dilations for config in others}
+            longest |= {(config, width, len(dilations) > 6): dilations for config in others}
         if len(dilations) > 4:
             yield case("fast, narrow", dilations, default, 4)
         yield case("exact, one channel", dilations, default, 1)
-    for (config, width), dilations in longest.items():  # the list that leaves a configuration least room
+    for (config, width, _), dilations in longest.items():  # the list that leaves a configuration least room
         yield case("tile", dilations, config, width, INT64=False)
-    for (config, width), dilations in longest.items():
-        if config in (tuning.Config(8, 64, 16), tuning.Config(16, 32, 16), tuning.Config(2, 128, 8)):
+    for (config, width, _), dilations in longest.items():
+        if config in (tuning.Config(16, 32, 16), tuning.Config(2, 128, 8)):
             for side in ("in", "out"):
+                if side == "in" and config.num_warps > 8 and len(dilations) > 6:
+                    continue
                 yield case(f"planar {side}", dilations, config, width, PLANAR=side)
     for dilations in OFFLINE_DILATIONS[-2:]:
         yield case("exact, valid", dilations, default, 4, HAS_VALID=True)
