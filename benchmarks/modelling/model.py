@@ -119,14 +119,10 @@ class Model:
 
     def _propagation(self, launch: Launch, code: Code) -> Cost:
         a, gpu = launch.arguments, self.gpu
-        # the planes' dtype is that of the side that is not planar
-        planar = {"in": "planes_ptr", "out": "out_ptr"}.get(a["PLANAR"])
-        plane = _ITEMSIZE[launch.types["out_ptr" if a["PLANAR"] == "in" else "planes_ptr"]]
-        weight = _ITEMSIZE[launch.types["weights_ptr"]]
+        plane, weight = _ITEMSIZE[launch.types["planes_ptr"]], _ITEMSIZE[launch.types["weights_ptr"]]
         neighbours, pixel = 8 * len(a["DILATIONS"]), a["BLOCK_C"] * plane
-        lanes, met = 1, pixel
-        if a["PLANAR"] == "in":  # the taps of a group's channels, one after another
-            lanes, met = a["BLOCK_C"], _ITEMSIZE[launch.types["planes_ptr"]]
+        # planar: the taps of a group's channels one after another, those of the last group that there are
+        lanes, met = (a["BLOCK_C"], plane) if a["PLANAR"] == "in" else (1, pixel)
         groups, splits, tiles = a["groups"], a["splits"], a["tiles"]
         images = launch.grid // (tiles * splits)
         pixels = images * a["height"] * a["width"]
@@ -141,7 +137,7 @@ class Model:
             resident, min(images, 4), tuple(a["DILATIONS"]),
         )  # fmt: skip
         seconds["L2"] = pixels * (from_l2 * splits + groups * pixel) / gpu.l2_bytes_per_s
-        other = a["channels"] * _ITEMSIZE[launch.types[planar]] if planar else groups * pixel
+        other = a["channels"] * plane if a["PLANAR"] else groups * pixel
         moved = pixels * (neighbours * weight + groups * pixel + other)
         seconds["memory"] = 0.0 if moved <= 0.75 * gpu.l2_bytes else moved / gpu.copy_bytes_per_s
         taps = pixels * neighbours * groups * pixel / gpu.l1_bytes_per_s

@@ -16,6 +16,7 @@ import json
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from benchmarks.modelling import machine_code, stub
 
@@ -31,15 +32,21 @@ def calls(lists: Sequence[int], maps: int) -> Iterator[tuple[str, Callable[[], o
     from dmsa_kernels import local_affinity, multi_dilation_dwconv, plans, propagate, tuning
     from dmsa_kernels.refine.triton.propagate import plane_width
 
+    plan_step = tuning.plan_step
+
     def forced(call: Callable[[], object], tile: tuning.Config, least: int) -> object:
         """Run a call as a larger or smaller map would be: with this tile, and masks of ``least`` bytes not packed."""
-        kept = tuning._CONFIGS["propagate_fwd"], tuning.MIN_PLANAR_BYTES
-        tuning._CONFIGS["propagate_fwd"], tuning.MIN_PLANAR_BYTES = (tile,), least
+
+        def step(kernel: str, *sizes: Any, most_warps: int = 32) -> tuning.Step:
+            found = plan_step(kernel, *sizes, most_warps=most_warps)
+            return found if kernel != "propagate_fwd" or tile.num_warps > most_warps else found._replace(config=tile)
+
+        kept, tuning.plan_step, tuning.MIN_PLANAR_BYTES = tuning.MIN_PLANAR_BYTES, step, least
         plans.clear()
         try:
             return call()
         finally:
-            tuning._CONFIGS["propagate_fwd"], tuning.MIN_PLANAR_BYTES = kept
+            tuning.plan_step, tuning.MIN_PLANAR_BYTES = plan_step, kept
 
     height, width = 96, 320  # several of every tile
     for count in lists:
@@ -69,7 +76,7 @@ def calls(lists: Sequence[int], maps: int) -> Iterator[tuple[str, Callable[[], o
                     tiles = tuning.configs("propagate_fwd", neighbours=8 * count, width=side)
                     for tile in {tile.num_warps: tile for tile in tiles}.values():
                         yield f"{name}, {tile}", functools.partial(forced, run, tile, 1 << 62)
-                        if side > 1 and flags != "anchor":
+                        if side > 1 and flags != "anchor" and precision == "exact":
                             yield f"{name}, {tile}, not packed", functools.partial(forced, run, tile, 0)
                     if precision == "exact" and classes < 24:
 

@@ -3,7 +3,8 @@
 
 Between iterations the masks live in packed planes ``[n, groups, H, W, BLOCK_C]``: ``BLOCK_C`` channels side by side, so
 that a tap of a pixel is one aligned load of up to 16 bytes and its address is computed once for all of them. A thread
-owns a pixel, keeps the pixel's P weights in registers and walks over the channel groups.
+owns a pixel, keeps the pixel's P weights in registers and walks over the channel groups. A program's pixels are a tile
+whose rows may lie apart, so that taps of large dilations meet other taps in the first-level cache.
 """
 
 from __future__ import annotations
@@ -99,9 +100,9 @@ def propagate_copy_kernel(
     ]
 )
 def propagate_fwd_kernel(
-    planes_ptr,  # [n, groups, H, W, BLOCK_C]; PLANAR "in": masks [n, C, H, W], rows contiguous
+    planes_ptr,  # [n, groups, H, W, BLOCK_C]; PLANAR "in": masks [n, C, H, W] fp32, rows contiguous
     weights_ptr,  # [n, P, H, W]
-    out_ptr,  # [n, groups, H, W, BLOCK_C]; PLANAR "out": masks [n, C, H, W], rows contiguous
+    out_ptr,  # [n, groups, H, W, BLOCK_C]; PLANAR "out": masks [n, C, H, W] fp32, rows contiguous
     valid_ptr,  # [n, C] uint8, 0 or 1
     rows_ptr,  # [n, groups, 2, W, BLOCK_C] fp32, ADJOINT only: what clamping adds to the top and bottom rows
     columns_ptr,  # [n, groups, 2, H, BLOCK_C] fp32, ADJOINT only: the same for the left and right columns
@@ -142,7 +143,7 @@ def propagate_fwd_kernel(
     """
     P: tl.constexpr = 8 * len(DILATIONS)
     PIXELS: tl.constexpr = BLOCK_H * BLOCK_W
-    AGAIN: tl.constexpr = P > 48 and BLOCK_C < 8
+    AGAIN: tl.constexpr = P > 48 and PIXELS > 256  # a thread has 128 registers
     # programs that share a tile's weights run side by side
     i_split = tl.program_id(0) % splits
     i_tile = (tl.program_id(0) // splits) % tiles
@@ -194,7 +195,7 @@ def propagate_fwd_kernel(
         if PLANAR == "in":
             # reads nothing, but gives the sums the layout of planes: their lanes need no way through shared memory
             p_none = out_ptr + ((o_plane + o_y * width + o_x) * BLOCK_C)[:, None] + o_lane[None, :]
-            acc = tl.load(p_none, mask=(o_y < tl.where(i_group < 0, height, 0))[:, None], other=0.0).to(tl.float32)
+            acc = tl.load(p_none, mask=(o_y < tl.where(i_group < 0, height, 0))[:, None], other=0.0)
             lane = 0
             while lane < BLOCK_C:
                 i_c = i_group * BLOCK_C + lane
@@ -211,9 +212,7 @@ def propagate_fwd_kernel(
                     for p in tl.static_range(P):
                         q_y = tl.minimum(tl.maximum(o_y + list(TAP_Y)[p % 8] * list(DILATIONS)[p // 8], 0), height - 1)
                         q_x = tl.minimum(tl.maximum(o_x + list(TAP_X)[p % 8] * list(DILATIONS)[p // 8], 0), width - 1)
-                        # rounded like planes
-                        tap = tl.load(p_masks + q_y * stride_masks_h + q_x).to(out_ptr.dtype.element_ty)
-                        total = tl.fma(held[p], tap.to(tl.float32), total)
+                        total = tl.fma(held[p], tl.load(p_masks + q_y * stride_masks_h + q_x), total)
                     acc = tl.where((o_lane == lane)[None, :], total[:, None], acc)
                 lane += 1
         elif some > 0:
@@ -268,8 +267,7 @@ def propagate_fwd_kernel(
             # a weight that is NaN must not turn the zeros of a channel that is not valid into NaN
             acc = tl.where(m_c[None, :], acc, 0.0)
         if PLANAR == "out":
-            # all channels, those that are not valid too; rounded like planes
-            acc = acc.to(planes_ptr.dtype.element_ty).to(tl.float32)
+            # all channels, those that are not valid too
             p_masks = out_ptr + i_n * stride_masks_n + o_y * stride_masks_h + o_x
             for lane in tl.static_range(BLOCK_C):
                 i_c = i_group * BLOCK_C + lane
@@ -278,7 +276,7 @@ def propagate_fwd_kernel(
                     i_c = i_c.to(tl.int64)
                 # [PIXELS]: the sum is of one number, what is added to it is left out by the compiler
                 b_masks = tl.sum(tl.where((o_lane == lane)[None, :], acc, NOTHING), axis=1)
-                tl.store(p_masks + i_c * stride_masks_c, b_masks.to(out_ptr.dtype.element_ty), mask=m_masks)
+                tl.store(p_masks + i_c * stride_masks_c, b_masks, mask=m_masks)
         else:
             # [PIXELS, BLOCK_C]; groups without a valid channel are never read, so they are not written either
             p_out = out_ptr + o_out[:, None] + o_lane[None, :]
@@ -421,10 +419,11 @@ def reads_planar(masks: Tensor, shape: tuple[int, ...], weights: Tensor) -> bool
     """Return whether the first and the last iteration take masks ``[n, C, H, W]`` as they are, and none are packed.
 
     Packing launches would pass device memory for planes larger than a cache. For smaller ones two more variants of the
-    kernel are not worth their compilation.
+    kernel are not worth their compilation; and 16-bit planes would be converted once for every tap.
     """
-    large = math.prod(shape) * masks.element_size() >= tuning.MIN_PLANAR_BYTES
-    return large and shape[4] > 1 and masks.stride(3) == 1 and holds_weights(weights.shape[1])
+    large = 4 * math.prod(shape) >= tuning.MIN_PLANAR_BYTES
+    plain = masks.dtype == plane_dtype(weights) == torch.float32 and masks.stride(3) == 1
+    return large and plain and shape[4] > 1 and holds_weights(weights.shape[1])
 
 
 def copy(trace: plans.Trace, masks: Tensor, planes: Tensor, valid: Tensor | None, *, pack: bool) -> None:
@@ -557,9 +556,9 @@ def step(
     if borders is not None and valid is not None and neighbours > 56 and width == 4 and is_capability_12(trace.device):
         kernel = "propagate_bwd_crowded"
     key = tuning_key(neighbours, rows * columns, width)
-    most_warps = 8 if planar == "in" and neighbours > 48 else 32  # with 16, the loads of single channels spill
+    most_warps = 8 if planar and neighbours > 48 else 32  # with 16, what a single channel takes spills
     config, row_stride, groups_each = tuning.plan_step(
-        kernel, key, dilations, width, count, groups, rows, columns, most_warps
+        kernel, key, dilations, width, count, groups, rows, columns, most_warps=most_warps
     )
     tiles_w = triton.cdiv(columns, config.block_w)
     tiles = tiles_w * triton.cdiv(rows, config.block_h)
@@ -834,10 +833,8 @@ def offline_cases() -> Iterator[tuning.OfflineCase]:
     for (config, width, _), dilations in longest.items():  # the list that leaves a configuration least room
         yield case("tile", dilations, config, width, INT64=False)
     for (config, width, _), dilations in longest.items():
-        if config in (tuning.Config(16, 32, 16), tuning.Config(2, 128, 8)):
+        if width == 4 and config.num_warps == (8 if len(dilations) > 6 else 16):
             for side in ("in", "out"):
-                if side == "in" and config.num_warps > 8 and len(dilations) > 6:
-                    continue
                 yield case(f"planar {side}", dilations, config, width, PLANAR=side)
     for dilations in OFFLINE_DILATIONS[-2:]:
         yield case("exact, valid", dilations, default, 4, HAS_VALID=True)
