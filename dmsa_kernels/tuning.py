@@ -66,7 +66,7 @@ _CONFIGS: dict[str, tuple[Config, ...]] = {
         Config(2, 128, 8),
     ),
     "propagate_bwd": (Config(8, 32, 8),),
-    "propagate_bwd_crowded": (Config(4, 32, 4),),  # flags and eight dilations on compute capability 12
+    "propagate_bwd_crowded": (Config(4, 32, 4),),  # flags and eight dilations
     "local_affinity_fwd": (
         Config(4, 32, 4),
         Config(2, 64, 4),

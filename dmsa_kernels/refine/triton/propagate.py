@@ -394,11 +394,6 @@ def holds_weights(neighbours: int) -> bool:
     return neighbours <= MAX_HELD_NEIGHBOURS and compat.triton_has_tuples()
 
 
-def is_capability_12(device: torch.device) -> bool:
-    """Return whether the compiler's code for the device keeps more loads in flight, which takes registers."""
-    return (compat.compute_capability(device) or (0,))[0] == 12
-
-
 def plane_width(channels: int, dtype: torch.dtype, neighbours: int, has_valid: bool, device: torch.device) -> int:
     """Return the channels of a group.
 
@@ -406,7 +401,7 @@ def plane_width(channels: int, dtype: torch.dtype, neighbours: int, has_valid: b
     takes them without flags.
     """
     width = tuning.plane_width(channels, dtype.itemsize)
-    crowded = has_valid or is_capability_12(device)
+    crowded = has_valid or (compat.compute_capability(device) or (0,))[0] == 12
     return 4 if width == 8 and crowded and neighbours > 32 else width
 
 
@@ -553,7 +548,7 @@ def step(
     masks = planes if planar == "in" else out  # read only if planar
     neighbours = weights.shape[1]
     kernel = "propagate_fwd" if borders is None else "propagate_bwd"
-    if borders is not None and valid is not None and neighbours > 56 and width == 4 and is_capability_12(trace.device):
+    if borders is not None and valid is not None and neighbours > 56:
         kernel = "propagate_bwd_crowded"
     key = tuning_key(neighbours, rows * columns, width)
     most_warps = 8 if planar and neighbours > 48 else 32  # with 16, what a single channel takes spills
@@ -786,7 +781,6 @@ def offline_cases() -> Iterator[tuning.OfflineCase]:
         config: tuning.Config,
         width: int,
         kernel: str = "propagate_fwd",
-        but_for: tuple[str, ...] = (),
         **constants: object,
     ):
         planes, weights = ("*fp16", "*fp16") if width == 8 or "narrow" in label else ("*fp32", "*fp32")
@@ -818,7 +812,7 @@ def offline_cases() -> Iterator[tuning.OfflineCase]:
             | constants,
             num_warps=config.num_warps,
             every_target=not constants or "PLANAR" in constants or kernel != "propagate_fwd",
-            but_for=("sm_120",) if width == 8 and len(dilations) > 4 else but_for,
+            but_for=("sm_120",) if width == 8 and len(dilations) > 4 else (),
         )
 
     longest: dict[tuple[tuning.Config, int, bool], tuple[int, ...]] = {}
@@ -840,11 +834,8 @@ def offline_cases() -> Iterator[tuning.OfflineCase]:
         yield case("exact, valid", dilations, default, 4, HAS_VALID=True)
         yield case("exact, transposed", dilations, default, 4, "propagate_bwd", ADJOINT=True)
         yield case("exact, anchored", dilations, default, 4, HAS_ANCHOR=True)
-    flagged = {"ADJOINT": True, "HAS_VALID": True}
-    yield case("exact, valid", dilations, default, 4, "propagate_bwd", ("sm_120",), **flagged)
-    others = ("sm_80", "sm_86", "sm_89", "sm_100", "gfx942")
     (crowded,) = tuning.configs("propagate_bwd_crowded", neighbours=8 * len(dilations))
-    yield case("exact, valid", dilations, crowded, 4, "propagate_bwd_crowded", others, **flagged)
+    yield case("exact, valid", dilations, crowded, 4, "propagate_bwd_crowded", ADJOINT=True, HAS_VALID=True)
     for masks, planes, width in (("*fp32", "*fp32", 4), ("*fp16", "*fp32", 4), ("*bf16", "*fp16", 8)):
         flags = {"HAS_VALID": True, "INT64": False, "BLOCK_C": width, "BLOCK": BLOCK_PIXELS}
         for packing in (True, False):
