@@ -290,7 +290,7 @@ def test_tiles_of_distant_rows_are_exact(kernels, monkeypatch, row_stride):
     found = []
     for stride in (1, row_stride):
         step = tuning.Step(tuning.Config(2, 16, 1), stride, 1)
-        monkeypatch.setattr(tuning, "plan_step", lambda *sizes, step=step: step)
+        monkeypatch.setattr(tuning, "plan_step", lambda *sizes, step=step, most_warps: step)
         plans.clear()
         gradients = kernels[2].propagate_backward(grad, weights, masks, dilations, 2, None, **needed)
         found.append((kernels[1].propagate(weights, masks, dilations, 2, None), *gradients))
