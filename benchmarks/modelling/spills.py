@@ -76,7 +76,7 @@ def calls(lists: Sequence[int], maps: int) -> Iterator[tuple[str, Callable[[], o
                     tiles = tuning.configs("propagate_fwd", neighbours=8 * count, width=side)
                     for tile in {tile.num_warps: tile for tile in tiles}.values():
                         yield f"{name}, {tile}", functools.partial(forced, run, tile, 1 << 62)
-                        if side > 1 and flags != "anchor" and precision == "exact":
+                        if side > 1 and not flags and precision == "exact":
                             yield f"{name}, {tile}, not packed", functools.partial(forced, run, tile, 0)
                     if precision == "exact" and classes < 24:
 

@@ -201,11 +201,7 @@ def propagate_fwd_kernel(
                 i_c = i_group * BLOCK_C + lane
                 if INT64:
                     i_c = i_c.to(tl.int64)
-                is_read = i_c < channels
-                if HAS_VALID:
-                    p_valid = valid_ptr + i_n * stride_valid_n + i_c * stride_valid_c
-                    is_read = tl.load(p_valid, mask=is_read, other=0) != 0
-                if is_read:
+                if i_c < channels:
                     p_masks = planes_ptr + i_n * stride_masks_n + i_c * stride_masks_c
                     # [PIXELS]
                     total = tl.zeros([PIXELS], dtype=tl.float32)
@@ -267,7 +263,6 @@ def propagate_fwd_kernel(
             # a weight that is NaN must not turn the zeros of a channel that is not valid into NaN
             acc = tl.where(m_c[None, :], acc, 0.0)
         if PLANAR == "out":
-            # all channels, those that are not valid too
             p_masks = out_ptr + i_n * stride_masks_n + o_y * stride_masks_h + o_x
             for lane in tl.static_range(BLOCK_C):
                 i_c = i_group * BLOCK_C + lane
@@ -493,7 +488,7 @@ def iterate(
     count, channels, rows, columns = masks.shape
     shape = (count, triton.cdiv(channels, width), rows, columns, width)
     launch = functools.partial(step, trace, dilations=dilations, channels=channels, valid=valid)
-    planar = anchor is None and num_iter > 1 and reads_planar(masks, shape, weights)
+    planar = valid is None and anchor is None and num_iter > 1 and reads_planar(masks, shape, weights)
     planar_out = planar and out is not None and out.stride(3) == 1
     direct = out is not None and is_plane(out, valid, width, buffers.dtype)
     steps = num_iter - planar_out  # those that write planes
