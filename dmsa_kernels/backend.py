@@ -6,7 +6,9 @@ interpreter), ``eager`` (plain PyTorch, fast, any device and dtype) and ``refere
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -17,8 +19,34 @@ BACKENDS = ("auto", "triton", "eager", "reference")
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
+# One launch for all iterations of small maps, for those who do not say: on once `benchmarks.gpu_suite` has proven it.
+_RESIDENT_BY_DEFAULT = False
+_resident: bool | None = None
+
+
+def _is_set(variable: str, default: bool = False) -> bool:
+    value = os.environ.get(variable, "")
+    return value.lower() in ("1", "true", "yes", "on") if value else default
+
+
 def _interpreting() -> bool:
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
+    return _is_set("TRITON_INTERPRET")
+
+
+def wants_resident() -> bool:
+    """Return whether small maps may take one launch for all iterations: ``DMSA_RESIDENT``, read at every call."""
+    return _is_set("DMSA_RESIDENT", _RESIDENT_BY_DEFAULT) if _resident is None else _resident
+
+
+@contextlib.contextmanager
+def resident(on: bool) -> Iterator[None]:
+    """Inside the block, of all threads, :func:`wants_resident` is ``on``: to measure with and without."""
+    global _resident
+    before, _resident = _resident, on
+    try:
+        yield
+    finally:
+        _resident = before
 
 
 def why_not_triton(*tensors: Tensor) -> str | None:

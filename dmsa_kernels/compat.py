@@ -192,6 +192,17 @@ def compute_capability(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device)
 
 
+def cooperative_programs(device: torch.device) -> int:
+    """Return how many programs of a launch are sure to run at the same time: as many as there are multiprocessors.
+
+    A program that can run at all fits one of them. 0 where a launch cannot ask for it: not on CUDA, or before Triton
+    3.4.
+    """
+    if device.type != "cuda" or torch.version.hip is not None or (triton_version() or OLDEST_TRITON) < (3, 4):
+        return 0
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def direct_launch(compiled: Any, grid: int) -> Callable[[int, tuple], None] | None:
     """Return ``launch(stream, arguments)``, which repeats a launch of ``grid`` programs by Triton's C function.
 

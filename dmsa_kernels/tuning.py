@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,6 +23,7 @@ __all__ = [
     "bucket",
     "configs",
     "plan_chunks",
+    "plan_resident",
     "plan_step",
     "plane_width",
     "prune",
@@ -67,6 +68,7 @@ _CONFIGS: dict[str, tuple[Config, ...]] = {
     ),
     "propagate_bwd": (Config(8, 32, 8),),
     "propagate_bwd_crowded": (Config(4, 32, 4),),  # flags and eight dilations
+    "propagate_resident": (Config(8, 32, 8), Config(16, 32, 16)),
     "local_affinity_fwd": (
         Config(4, 32, 4),
         Config(2, 64, 4),
@@ -77,20 +79,29 @@ _CONFIGS: dict[str, tuple[Config, ...]] = {
 # The most weights a thread can hold beside planes of up to four channels and of eight, by the warps of a program: with
 # 16 it has 128 registers, with 32 it has 64. Read off the offline compiler (``python -m tests.offline``).
 _MOST_HELD = {16: {4: 64, 8: 32}, 32: {4: 16, 8: 8}}
+# The same where all iterations are one launch, whose loops take registers as well.
+_MOST_HELD_RESIDENT = {16: {4: 48, 8: 32}}
 
 
-def prune(candidates: Iterable[Config], *, neighbours: int, width: int = 4) -> list[Config]:
+def prune(
+    candidates: Iterable[Config],
+    *,
+    neighbours: int,
+    width: int = 4,
+    most_held: Mapping[int, Mapping[int, int]] = _MOST_HELD,
+) -> list[Config]:
     """Drop the configurations whose weights cannot stay in registers; the default always stays.
 
     Args:
         candidates: configurations, the default first.
         neighbours: P, the weights a pixel has.
         width: channels a thread works on at a time.
+        most_held: the most weights, by the warps of a program and by the width, 4 or less and 8.
     """
     default, *others = candidates
 
     def fits(config: Config) -> bool:
-        most = _MOST_HELD.get(config.num_warps)
+        most = most_held.get(config.num_warps)
         return most is None or neighbours <= most[8 if width == 8 else 4]
 
     return [default, *(config for config in others if fits(config))]
@@ -100,7 +111,8 @@ def configs(kernel: str, *, neighbours: int, width: int = 4) -> list[Config]:
     """Return the configurations worth trying for ``kernel``, the documented default first.
 
     Args:
-        kernel: ``"propagate_fwd"``, ``"propagate_bwd"``, ``"propagate_bwd_crowded"`` or ``"local_affinity_fwd"``.
+        kernel: ``"propagate_fwd"``, ``"propagate_bwd"``, ``"propagate_bwd_crowded"``, ``"propagate_resident"`` or
+            ``"local_affinity_fwd"``.
         neighbours: P, the number of neighbours (8 per dilation).
         width: channels a thread works on at a time.
 
@@ -109,7 +121,8 @@ def configs(kernel: str, *, neighbours: int, width: int = 4) -> list[Config]:
     """
     if kernel not in _CONFIGS:
         raise ValueError(f"{kernel=} has no configurations; kernels that have are {', '.join(sorted(_CONFIGS))}")
-    return prune(_CONFIGS[kernel], neighbours=neighbours, width=width)
+    most_held = _MOST_HELD_RESIDENT if kernel == "propagate_resident" else _MOST_HELD
+    return prune(_CONFIGS[kernel], neighbours=neighbours, width=width, most_held=most_held)
 
 
 def bucket(value: int) -> int:
@@ -253,6 +266,27 @@ def _length_of_union(spans: Iterable[tuple[int, int]]) -> int:
     return length
 
 
+def _clocks(neighbours: int, groups: int, met: float, weights: float = 0.0, memory: float = 0.0) -> float:
+    """Return the time that a pixel takes of a multiprocessor, by the rates of both caches and of device memory.
+
+    Args:
+        neighbours: P.
+        groups: that are worked on.
+        met: different pixels that a tile's taps meet, a pixel.
+        weights: that are read, counted like a pixel of a group, whose channels are side by side.
+        memory: what passes device memory, counted so, too.
+    """
+    from_l1 = groups * (neighbours + 1) + weights
+    from_l2 = groups * (min(met, neighbours) + 1) + weights
+    clocks = (from_l1, from_l2 * _L1_BYTES_PER_L2_BYTE, memory * _L1_BYTES_PER_MEMORY_BYTE)
+    return max(clocks) + _NOT_HIDDEN * sum(clocks)
+
+
+def _fewest_taps(dilations: tuple[int, ...], config: Config, height: int) -> tuple[float, int]:
+    """Return how many different pixels a tile's taps meet, a pixel, at the row stride that meets fewest; and it."""
+    return min((_mean_distinct_taps(dilations, config, s, height), s) for s in _row_strides(dilations))
+
+
 def plan_step(
     kernel: str,
     key: Hashable,
@@ -282,8 +316,24 @@ def plan_step(
         columns: columns.
         most_warps: of a program.
     """
+    return _timed_step(kernel, key, dilations, width, count, groups, height, columns, most_warps, _MULTIPROCESSORS)[0]
+
+
+def _timed_step(
+    kernel: str,
+    key: Hashable,
+    dilations: tuple[int, ...],
+    width: int,
+    count: int,
+    groups: int,
+    height: int,
+    columns: int,
+    most_warps: int,
+    multiprocessors: int,
+) -> tuple[Step, float]:
+    """Return :func:`plan_step`'s answer and its time."""
     neighbours = 8 * len(dilations)
-    weights = neighbours / width  # counted like a pixel of a group, whose channels are side by side
+    weights = neighbours / width
     stays = count * height * columns * (weights + 2 * groups) * 16 <= 0.75 * _DEFAULT_L2_BYTES
     measured = _CHOSEN.get((kernel, key))
     if measured and measured.num_warps <= most_warps:
@@ -294,20 +344,90 @@ def plan_step(
     best, least = None, float("inf")
     for config in candidates:
         tiles = count * -(-height // config.block_h) * -(-columns // config.block_w)
-        met, row_stride = min((_mean_distinct_taps(dilations, config, s, height), s) for s in _row_strides(dilations))
+        met, row_stride = _fewest_taps(dilations, config, height)
         for splits in range(1, min(groups, 8) + 1):
             groups_each = -(-groups // splits)
             splits = -(-groups // groups_each)
-            from_l1 = groups_each * (neighbours + 1) + weights
-            from_l2 = groups_each * (min(met, neighbours) + 1) + weights
             memory = 0 if stays else groups_each * 2 + weights / splits
-            programs = tiles * splits / _MULTIPROCESSORS
+            programs = tiles * splits / multiprocessors
             programs = math.ceil(programs) if programs < _EVEN_PROGRAMS else programs
-            clocks = (from_l1, from_l2 * _L1_BYTES_PER_L2_BYTE, memory * _L1_BYTES_PER_MEMORY_BYTE)
-            time = programs * config.pixels * (max(clocks) + _NOT_HIDDEN * sum(clocks))
+            time = programs * config.pixels * _clocks(neighbours, groups_each, met, weights, memory)
             if time < least:
                 best, least = Step(config, row_stride, groups_each), time
     assert best is not None
+    return best, least
+
+
+# Of the work of a launch for each iteration. The model (``python -m benchmarks.modelling``) finds maps of three classes
+# and small ones below it, which gain, and those of 21 classes at 81 x 81 and more above it, which lose.
+_MOST_RESIDENT_WORK = 0.75
+
+
+class Resident(NamedTuple):
+    """How all iterations are launched at once.
+
+    Attributes:
+        config: the tile.
+        row_stride: as of :class:`Step`.
+        groups_each: channel groups that a program works through in every iteration.
+        teams: shares of an image's groups that are worked on at the same time, each by a program a tile.
+    """
+
+    config: Config
+    row_stride: int
+    groups_each: int
+    teams: int
+
+
+def plan_resident(
+    programs: int,
+    dilations: tuple[int, ...],
+    width: int,
+    count: int,
+    groups: int,
+    height: int,
+    columns: int,
+    num_iter: int,
+) -> Resident | str:
+    """Return how to launch all iterations on ``count`` images ``[groups, height, columns, width]``, or why not.
+
+    A team waits for all its programs after every iteration, so a map's tiles must run at the same time, one on each
+    multiprocessor. Weights are read once instead of in every iteration, but teams may leave multiprocessors idle, and
+    to meet takes longer than the gap between two launches. So a part of the work must be saved, by the estimate of
+    :func:`plan_step`.
+
+    Args:
+        programs: that are sure to run at the same time.
+        dilations: D dilations.
+        width: channels of a group.
+        count: images.
+        groups: channel groups of an image.
+        height: rows.
+        columns: columns.
+        num_iter: iterations, at least 2.
+    """
+    neighbours = 8 * len(dilations)
+    weights = _clocks(neighbours, 0, 0.0, neighbours / width)
+    best, least, fewest = None, float("inf"), 0
+    for config in configs("propagate_resident", neighbours=neighbours, width=width):
+        tiles = -(-height // config.block_h) * -(-columns // config.block_w)
+        fewest = min(fewest or tiles, tiles)
+        if tiles > programs:
+            continue
+        met, row_stride = _fewest_taps(dilations, config, height)
+        for splits in range(1, min(groups, 8) + 1):
+            groups_each = -(-groups // splits)
+            jobs = count * -(-groups // groups_each)
+            teams = min(jobs, programs // tiles)
+            time = config.pixels * (num_iter * _clocks(neighbours, groups_each, met) + weights) * -(-jobs // teams)
+            if time < least:
+                best, least = Resident(config, row_stride, groups_each, teams), time
+    if best is None:
+        return f"a map has at least {fewest} tiles and {programs} programs run at the same time"
+    shape = (width, count, groups, height, columns)
+    launched = num_iter * _timed_step("propagate_fwd", None, dilations, *shape, 32, programs)[1]
+    if least > _MOST_RESIDENT_WORK * launched:
+        return f"it would be {least / launched:.2f} of the work of a launch for each iteration, by the estimate"
     return best
 
 
@@ -381,6 +501,7 @@ class OfflineCase:
         num_warps: warps of a program.
         every_target: compile for all GPUs; False for one more configuration of a case that is compiled for all.
         but_for: targets on which nothing is launched like this.
+        options: what the compiler is told besides.
     """
 
     name: str
@@ -390,3 +511,4 @@ class OfflineCase:
     num_warps: int = 4
     every_target: bool = True
     but_for: tuple[str, ...] = ()
+    options: tuple[tuple[str, object], ...] = ()

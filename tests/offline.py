@@ -9,9 +9,9 @@ Run it for the report::
 
     python -m tests.offline [--targets sm_90 gfx942] [--match propagate]
 
-It prints one JSON line a compilation: registers, bytes of stack, spills, instructions, and how many global loads there
-are of each width. ``TRITON_INTERPRET`` must be unset: under it ``triton.jit`` gives interpreted
-functions. The tests therefore run this module in a process of its own.
+It prints one JSON line a compilation: registers, bytes of stack, spills, instructions, how many global loads there are
+of each width, and what orders memory where programs wait for each other. ``TRITON_INTERPRET`` must be unset: under it
+``triton.jit`` gives interpreted functions. The tests therefore run this module in a process of its own.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from benchmarks.modelling import machine_code
 MODULES = (
     "dmsa_kernels.refine.triton.affinity",
     "dmsa_kernels.refine.triton.propagate",
+    "dmsa_kernels.refine.triton.resident",
     "dmsa_kernels.refine.triton.backward",
     "dmsa_kernels.aspp.triton.forward",
     "dmsa_kernels.aspp.triton.backward",
@@ -73,7 +74,8 @@ def compile_case(case, target: str) -> dict:
     nvidia = target.startswith("sm_")
     gpu = GPUTarget("cuda", int(target[3:]), 32) if nvidia else GPUTarget("hip", target, 64)
     num_warps = max(1, case.num_warps * 32 // gpu.warp_size)
-    compiled = triton.compile(source, target=gpu, options={"num_warps": num_warps, "enable_fp_fusion": True})
+    options = {"num_warps": num_warps, "enable_fp_fusion": True, **dict(case.options)}
+    compiled = triton.compile(source, target=gpu, options=options)
     report = {"case": case.name, "target": target}
     if not nvidia:
         # the assembly's metadata; 64-bit global loads and up are the wide ones
@@ -84,6 +86,8 @@ def compile_case(case, target: str) -> dict:
         return report
     code = machine_code.read(compiled.asm["cubin"])
     loads = {bits: code.total[f"load{bits}"] for bits in ("8", "16", "32", "64", "128") if code.total[f"load{bits}"]}
+    if any(opcode.startswith("MEMBAR") for opcode in code.ordering):
+        report["ordering"] = code.ordering
     return report | {
         "registers": code.registers,
         "stack": code.stack,

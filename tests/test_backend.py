@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import dmsa_kernels
-from dmsa_kernels import backend
+from dmsa_kernels import backend, compat
 from dmsa_kernels.backend import resolve, why_not_triton
 from dmsa_kernels.compat import OLDEST_TRITON
 
@@ -48,6 +48,33 @@ def test_the_triton_that_is_needed_is_named(monkeypatch, version):
     assert reason is None if version == OLDEST_TRITON else "triton is" in reason
     if version == (2, 3):
         assert "triton is 2.3; the kernels need 3.0 or newer, which torch 2.4" in reason
+
+
+def test_one_launch_for_all_iterations_is_asked_for(monkeypatch):
+    monkeypatch.delenv("DMSA_RESIDENT", raising=False)
+    assert not backend.wants_resident()
+    for value, wanted in (("1", True), ("true", True), ("ON", True), ("0", False), ("no", False), ("", False)):
+        monkeypatch.setenv("DMSA_RESIDENT", value)
+        assert backend.wants_resident() == wanted, value
+    monkeypatch.setenv("DMSA_RESIDENT", "1")
+    with backend.resident(False):
+        assert not backend.wants_resident()
+        with backend.resident(True):
+            assert backend.wants_resident()
+        assert not backend.wants_resident()
+    assert backend.wants_resident()
+
+
+def test_the_processor_runs_no_programs_at_once(monkeypatch):
+    assert compat.cooperative_programs(torch.device("cpu")) == 0
+    properties = type("Properties", (), {"multi_processor_count": 108})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.version, "hip", None)
+    for version, programs in (((3, 3), 0), ((3, 4), 108), (None, 0)):
+        monkeypatch.setattr(compat, "triton_version", lambda version=version: version)
+        assert compat.cooperative_programs(torch.device("cuda")) == programs
+    monkeypatch.setattr(torch.version, "hip", "6.2")
+    assert compat.cooperative_programs(torch.device("cuda")) == 0
 
 
 @pytest.mark.parametrize("module", ["backend", "compat", "tuning"])

@@ -161,3 +161,32 @@ def test_chunks_are_even(channels, height, width, neighbours):
     assert images == 1
     parts = -(-groups // count)
     assert groups - (parts - 1) * count > count - parts
+
+
+def together(count, groups, height, width, *, programs=132, dilations=SIX, side=1, num_iter=10):
+    return tuning.plan_resident(programs, dilations, side, count, groups, height, width, num_iter)
+
+
+def test_maps_whose_tiles_run_at_the_same_time_are_launched_once():
+    plan = together(1, 3, 256, 256)
+    assert (plan.config, plan.groups_each, plan.teams) == (tuning.Config(16, 32, 16), 3, 1)
+    assert "128 tiles and 108 programs" in together(1, 3, 256, 256, programs=108)
+    assert together(1, 3, 224, 224, programs=108).teams == 1
+    assert isinstance(together(1, 3, 1024, 1024), str)
+    assert isinstance(together(1, 1, 1, 1), tuning.Resident)
+
+
+@pytest.mark.parametrize("programs", [1, 16, 82, 108, 132])
+@pytest.mark.parametrize(("count", "groups", "height", "width"), [(1, 3, 224, 224), (5, 6, 81, 81), (2, 1, 9, 200)])
+def test_a_launch_never_has_more_programs_than_run_at_the_same_time(programs, count, groups, height, width):
+    plan = together(count, groups, height, width, programs=programs)
+    if isinstance(plan, str):
+        return
+    tiles = -(-height // plan.config.block_h) * -(-width // plan.config.block_w)
+    assert 1 <= plan.teams * tiles <= programs
+    assert plan.teams <= count * -(-groups // plan.groups_each)
+
+
+def test_multiprocessors_that_idle_speak_against_one_launch():
+    assert "of the work" in together(32, 6, 160, 160, side=4)
+    assert "of the work" in together(16, 6, 81, 81, side=4)

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dmsa_kernels import plans, tuning
-from dmsa_kernels.refine.triton import affinity, propagate
+from dmsa_kernels.refine.triton import affinity, propagate, resident
 from dmsa_kernels.refine.triton.affinity import inverse_scale, neighbourhood, weights_offsets
 from dmsa_kernels.refine.triton.common import LAUNCH, NOTHING, OFFLINE_DILATIONS, in_float32, needs_int64
 
@@ -496,7 +496,7 @@ def propagate_backward(
     grad_anchor = masks.new_empty((batch, 1, rows, columns) if need_anchor else 0, dtype=torch.float32)
     results = [result if result.numel() else None for result in (sums, grad_masks, grad_anchor)]
     tensors = (weights, masks, grad, *results, propagate.flags(valid_classes), share)
-    plans.run(_propagate_schedule, tensors, tuple(int(d) for d in dilations), num_iter)
+    resident.run(_propagate_schedule, tensors, tuple(int(d) for d in dilations), num_iter)
     if need_anchor and share is not None:
         grad_anchor -= (weights * sums).sum(1, keepdim=True) / (1 - share)
     grads = (sums.to(weights.dtype) if need_weights else weights.new_empty(0), grad_masks)
@@ -515,6 +515,7 @@ def _propagate_schedule(
     anchor: Tensor | None,
     dilations: tuple[int, ...],
     num_iter: int,
+    together: bool,
 ) -> None:
     batch, channels, rows, columns = masks.shape
     neighbours = weights.shape[1]
@@ -543,9 +544,14 @@ def _propagate_schedule(
         if all_planes is not None:
             planes = slices(all_planes, shape)
             propagate.copy(trace, part, planes[0], valid, pack=True)
-            for t in range(num_iter - 1):
-                held = None if anchor is None else (planes[0], anchor)
-                propagate.step(trace, planes[t], weights, planes[t + 1], dilations, count, valid, anchor=held)
+            again = (weights, dilations, num_iter - 1)
+            whole = resident.choose(trace.device, shape, *again) if together else None
+            if isinstance(whole, tuning.Resident):
+                resident.launch(trace, whole, planes[0], planes[1:-1], planes[-1], *again, count, valid, anchor)
+            else:
+                for t in range(num_iter - 1):
+                    held = None if anchor is None else (planes[0], anchor)
+                    propagate.step(trace, planes[t], weights, planes[t + 1], dilations, count, valid, anchor=held)
         current = kept - 1
         total = None if all_totals is None else slices(all_totals, shape)[0]
         for t in range(num_iter - 1, -1, -1):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -20,6 +21,14 @@ LAUNCH = {"enable_fp_fusion": True}
 _INT32_MAX = 2**31 - 1
 # A flat block of pixels ends at most this far beyond its plane, before the mask applies.
 _OVERRUN = 4096
+
+
+@triton.jit
+def tile_rows(i_row, tiles_h, row_stride, BLOCK_H: tl.constexpr, o_row):
+    """Return the rows of tile ``i_row`` of ``tiles_h``: those of ``row_stride`` tiles, or of what is left, in turn."""
+    first = i_row // row_stride * row_stride
+    stride = tl.minimum(row_stride, tiles_h - first)
+    return first * BLOCK_H + i_row - first + o_row * stride
 
 
 def in_float32(constant: float) -> float:

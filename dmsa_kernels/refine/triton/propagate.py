@@ -19,7 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from dmsa_kernels import compat, plans, tuning
-from dmsa_kernels.refine.triton.common import LAUNCH, NOTHING, OFFLINE_DILATIONS, TAP_X, TAP_Y, needs_int64
+from dmsa_kernels.refine.triton import resident
+from dmsa_kernels.refine.triton.common import LAUNCH, NOTHING, OFFLINE_DILATIONS, TAP_X, TAP_Y, needs_int64, tile_rows
 
 # Weights a thread can hold in registers; longer dilation lists read them again for every channel group, and so do all
 # before Triton 3.4.
@@ -280,14 +281,6 @@ def propagate_fwd_kernel(
 
 
 @triton.jit
-def tile_rows(i_row, tiles_h, row_stride, BLOCK_H: tl.constexpr, o_row):
-    """Return the rows of tile ``i_row`` of ``tiles_h``: those of ``row_stride`` tiles, or of what is left, in turn."""
-    first = i_row // row_stride * row_stride
-    stride = tl.minimum(row_stride, tiles_h - first)
-    return first * BLOCK_H + i_row - first + o_row * stride
-
-
-@triton.jit
 def load_weight(p_weights, o_y, o_x, dy, dx, m_pixel, height, width, ADJOINT: tl.constexpr):
     """Load one tap's weights of a tile: at the pixel, or for the transpose at the pixel the tap comes from."""
     if ADJOINT:
@@ -475,6 +468,7 @@ def iterate(
     anchor: Tensor | None = None,
     out: Tensor | None = None,
     spare: Tensor | None = None,
+    together: bool = False,
 ) -> Tensor:
     """Launch ``num_iter`` iterations on ``masks [n, C, H, W]`` and return the last planes.
 
@@ -484,11 +478,14 @@ def iterate(
     Args:
         out: where the result goes, like the masks; None if the planes themselves are wanted.
         spare: planes that may be written as long as ``out`` is not, in whose memory they may lie.
+        together: small maps may take one launch for all iterations.
     """
     count, channels, rows, columns = masks.shape
     shape = (count, triton.cdiv(channels, width), rows, columns, width)
     launch = functools.partial(step, trace, dilations=dilations, channels=channels, valid=valid)
-    planar = valid is None and anchor is None and num_iter > 1 and reads_planar(masks, shape, weights)
+    whole = resident.choose(trace.device, shape, weights, dilations, num_iter) if together else ""
+    one_by_one = isinstance(whole, str)
+    planar = one_by_one and valid is None and anchor is None and num_iter > 1 and reads_planar(masks, shape, weights)
     planar_out = planar and out is not None and out.stride(3) == 1
     direct = out is not None and is_plane(out, valid, width, buffers.dtype)
     steps = num_iter - planar_out  # those that write planes
@@ -510,7 +507,12 @@ def iterate(
         planes = written(0)
         copy(trace, masks, planes, valid, pack=True)
     held = None if anchor is None else (planes, anchor)
-    for t in range(1 + planar, steps + 1):
+    if not one_by_one:
+        ring = buffers.take(3, (min(2, num_iter - 1), *shape))
+        result = written(num_iter)
+        resident.launch(trace, whole, planes, ring, result, weights, dilations, num_iter, channels, valid, anchor)
+        planes = result
+    for t in range(1 + planar, steps + 1 if one_by_one else 0):
         launch(planes, weights, written(t), anchor=held)
         planes = written(t)
     if planar_out:
@@ -640,7 +642,7 @@ def propagate(
         return without_invalid(masks, valid_classes)
     out, storage = room_for_planes(masks, weights, valid_classes)
     tensors = (weights.contiguous(), masks, storage, flags(valid_classes), dense(anchor))
-    plans.run(_schedule, tensors, tuple(int(d) for d in dilations), num_iter, tuple(out.stride()))
+    resident.run(_schedule, tensors, tuple(int(d) for d in dilations), num_iter, tuple(out.stride()))
     return out
 
 
@@ -672,6 +674,7 @@ def _schedule(
     dilations: tuple[int, ...],
     num_iter: int,
     strides: tuple[int, ...],
+    together: bool,
 ) -> None:
     dtype = plane_dtype(weights)
     batch, channels, rows, columns = masks.shape
@@ -693,7 +696,7 @@ def _schedule(
                 first = triton.cdiv(out[here].storage_offset() * dtype.itemsize, 16) * 16 // dtype.itemsize
                 spare = storage[first : first + math.prod(shape)].view(shape)
             weight = weights[here[0]]
-            iterate(trace, part, weight, dilations, num_iter, valid, width, buffers, share, out[here], spare)
+            iterate(trace, part, weight, dilations, num_iter, valid, width, buffers, share, out[here], spare, together)
 
 
 def propagate_labels(
@@ -715,7 +718,7 @@ def propagate_labels(
     values = torch.empty((batch, rows, columns), dtype=torch.float32, device=masks.device)
     if labels.numel():
         tensors = (weights.contiguous(), masks, labels, values, flags(valid_classes), dense(anchor))
-        plans.run(_labels_schedule, tensors, tuple(int(d) for d in dilations), num_iter)
+        resident.run(_labels_schedule, tensors, tuple(int(d) for d in dilations), num_iter)
     return labels, values
 
 
@@ -729,6 +732,7 @@ def _labels_schedule(
     anchor: Tensor | None,
     dilations: tuple[int, ...],
     num_iter: int,
+    together: bool,
 ) -> None:
     batch, channels, rows, columns = masks.shape
     # zero iterations compare the masks as they are, in a dtype that holds them exactly
@@ -743,7 +747,8 @@ def _labels_schedule(
             part = masks[here]
             valid = None if valid_classes is None else valid_classes[here]
             share = None if anchor is None else anchor[here[0]]
-            planes = iterate(trace, part, weights[here[0]], dilations, num_iter, valid, width, buffers, share)
+            weight = weights[here[0]]
+            planes = iterate(trace, part, weight, dilations, num_iter, valid, width, buffers, share, together=together)
             trace.launch(
                 propagate_labels_kernel,
                 part.shape[0] * blocks,
