@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.measuring import resident
 from benchmarks.measuring.gpu_checks import Suite, section_aspp, section_graph, section_memory, section_refine
 from benchmarks.measuring.harness import measure
 from benchmarks.measuring.machines import commit, machine, versions
@@ -138,6 +139,29 @@ def section_sanitizer(suite: Suite) -> None:
         suite.expect(done.returncode != 9, f"{kind}: {summary[-1]}")
 
 
+def section_resident(suite: Suite) -> None:
+    """One launch for all iterations of small maps: right, and faster? In a process of its own, which it may break."""
+    if not suite.on_gpu:
+        suite.not_run.append("resident: needs a GPU")
+        return
+    limit = min(120.0, suite.left - 10)
+    command = [sys.executable, "-m", "benchmarks.measuring.resident", "--device", "cuda"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, cwd=Path(__file__).parents[1])
+    except subprocess.TimeoutExpired:
+        suite.fail(f"the checks of one launch for all iterations did not end within {limit:.0f} s")
+        return
+    (suite.out / "resident.txt").write_text(done.stdout + done.stderr, encoding="utf-8")
+    lines = [line for line in done.stdout.splitlines() if not line.startswith("ok: ")]
+    suite.log("\n".join(lines))
+    if done.returncode == 2:
+        suite.not_run.append(f"resident: {lines[-1]}")
+        return
+    suite.expect(done.returncode == 0, f"one launch for all iterations: exit status {done.returncode}; resident.txt")
+    if done.returncode == 0:
+        resident.WHY_NOT_MEASURED = None
+
+
 def section_train(suite: Suite) -> None:
     """Short training with everything on: labels by PAR, the pyramid, four losses, optimiser; losses finite and falling.
 
@@ -214,6 +238,7 @@ SECTIONS: dict[str, Callable[[Suite], None]] = {
     "aspp": section_aspp,
     "graph": section_graph,
     "memory": section_memory,
+    "resident": section_resident,
     "sanitizer": section_sanitizer,
     "train": section_train,
     "tune": section_tune,

@@ -1,4 +1,6 @@
 import ast
+import contextlib
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,19 @@ def test_warmup_off_the_gpu_runs_once_and_measures_nothing():
         assert dmsa_kernels.warmup(image, masks, [1], 1, **options) == {}
     assert dmsa_kernels.warmup(image, masks, iter([1]), 0) == {}
     assert image.grad is masks.grad is None
+
+
+def test_warmup_measures_launches_of_iterations(monkeypatch):
+    """Where all iterations are one launch, tiles are not those that are measured."""
+    module = sys.modules["dmsa_kernels.refine.warmup"]
+    asked = []
+    monkeypatch.setattr(module, "resolve", lambda *_: "triton")
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(module, "_measured_configs", lambda *_: asked.append(backend.wants_resident()) or {})
+    with backend.resident(True):
+        dmsa_kernels.warmup(torch.rand(1, 3, 6, 6), torch.rand(1, 2, 6, 6), [1], 1)
+        assert backend.wants_resident()
+    assert asked == [False]
 
 
 @pytest.mark.parametrize("version", [None, (2, 3), OLDEST_TRITON])

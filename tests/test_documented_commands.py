@@ -51,6 +51,7 @@ SHORTER = {
     r"bench_step": "--batch 1 --classes 2 --repeats 1",
     r"bench_data": "--images 2 --masks 2 --repeats 1",
     r"bench_cam": "--batch 1 --classes 2 --loop-classes 1 --repeats 1 --bank-images 1 --bank-repeats 1",
+    r"measuring\.resident": "--device cpu",
     r"aspp_cpu": "--seconds 0.01 --match 384,20,20",
     r"cost_model": "",
     r"examples/refine_photo\.py|docs/img/make\.py": "",

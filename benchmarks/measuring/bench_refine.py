@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.measuring import baselines, cases
+from benchmarks.measuring import baselines, cases, resident
 from benchmarks.measuring.rows import Candidate, Row
+from dmsa_kernels import backend
 from dmsa_kernels.refine import local_affinity, propagate, refine
 from dmsa_kernels.refine.warmup import warmup
 
@@ -93,6 +94,11 @@ def refine_row(case: cases.RefineCase, scaled_from: str, full: bool, dtype: torc
         image, masks = _inputs(case, device, seed)
         return image, masks.to(dtype)
 
+    def one_launch(image: Tensor, masks: Tensor) -> Tensor:
+        with backend.resident(True):
+            return refine(image, masks, **keywords)
+
+    together = Candidate("ours, one launch where it fits", one_launch, ours=True, why_not=resident.WHY_NOT_MEASURED)
     chunks = Candidate(
         "materialising, 30 classes at a time",
         lambda image, masks: baselines.materialising_by_chunks(image, masks.float(), *arguments),
@@ -117,6 +123,7 @@ def refine_row(case: cases.RefineCase, scaled_from: str, full: bool, dtype: torc
                 )
                 for name, precision, tolerance in (("ours", "exact", None), ("ours, fast", "fast", FAST))
             ),
+            *([together] if case.launch_bound and full else []),
             Candidate(
                 "materialising",
                 lambda image, masks: baselines.materialising(image, masks.float(), *arguments),

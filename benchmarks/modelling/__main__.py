@@ -85,7 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{gpu.name}, predicted. Assumed: {gpu.clock_hz / 1e9:g} GHz, L1 {gpu.l1_bytes_per_s / 1e12:.1f}, L2"
             f" {gpu.l2_bytes_per_s / 1e12:g}, device memory {gpu.copy_bytes_per_s / 1e12:.2g} TB/s,"
             f" {1e6 * gpus.LAUNCH_GAP_S:g} us between launches, {1e6 * gpus.DRIVER_LAUNCH_S:g} us of the driver for"
-            " each. Times in us. Ceiling: the taps at the L1 rate (refinement), device memory (convolution).\n"
+            f" each, {1e6 * gpus.MEETING_S:g} us in which all programs of a launch wait for each other (resident)."
+            " Times in us. Ceiling: the taps at the L1 rate (refinement), device memory (convolution).\n"
         )
         print("\n".join(table(rows, before)), flush=True)
     if arguments.write:

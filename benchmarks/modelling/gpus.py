@@ -68,3 +68,6 @@ LAUNCH_GAP_S = 1e-6
 """Assumed time between two launches of one stream that wait for each other."""
 DRIVER_LAUNCH_S = 1.5e-6
 """Assumed time of the driver's own part of a launch, which the stub leaves out."""
+MEETING_S = 1.5e-6
+"""Assumed time in which all programs of a launch wait for each other: about four trips to L2, one after another (stores
+out, count, ask, and half a question in vain), and three block barriers."""

@@ -28,9 +28,11 @@ _CLASSES = {
     "spill": "LDL STL",
     "constant": "LDC ULDC LDCU",
     "shared": "LDS STS LDSM SHFL",
-    "atomic": "ATOM ATOMG RED",
-    "control": "BRA EXIT RET CALL BSSY BSYNC NOP WARPSYNC BAR MEMBAR CCTL DEPBAR YIELD",
+    "atomic": "ATOM ATOMG RED REDG",
+    "control": "BRA EXIT RET CALL BSSY BSYNC NOP WARPSYNC BAR MEMBAR ERRBAR CGAERRBAR CCTL DEPBAR YIELD BPT",
 }
+# What orders memory between programs, or tells that an access takes no part in it.
+_ORDERS = re.compile(r"(BAR|MEMBAR|CCTL|ATOM|ATOMG|RED|REDG|BPT)\b|.*\b(STRONG|CONSTANT)\b")
 _CLASS_OF = {name: kind for kind, names in _CLASSES.items() for name in names.split()}
 
 
@@ -63,6 +65,7 @@ class Code:
         skipped: those parts.
         parts: how many of these there are.
         nested: instructions of the longest loop inside that loop, which are among the others.
+        ordering: opcodes that order memory between programs, and accesses outside that order, as they stand.
     """
 
     registers: int
@@ -72,6 +75,7 @@ class Code:
     skipped: Count = field(repr=False)
     parts: int = 0
     nested: Count = field(repr=False, default_factory=Count)
+    ordering: tuple[str, ...] = field(default=(), repr=False)
 
     @property
     def spills(self) -> int:
@@ -129,7 +133,14 @@ def parse_code(usage: str, text: str) -> Code:
     nested = count(*max(inside, key=lambda loop: loop[1] - loop[0], default=(0, 0)))
     found = parse_usage(usage)
     return Code(
-        found["registers"], found["stack"], count(0, end), count(first, last) - parts, parts, len(skipped), nested
+        found["registers"],
+        found["stack"],
+        count(0, end),
+        count(first, last) - parts,
+        parts,
+        len(skipped),
+        nested,
+        tuple(opcode for opcode, _ in opcodes[:end] if _ORDERS.match(opcode)),
     )
 
 

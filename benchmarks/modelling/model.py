@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.modelling import machine_code
-from benchmarks.modelling.gpus import DRIVER_LAUNCH_S, LAUNCH_GAP_S, Gpu
+from benchmarks.modelling.gpus import DRIVER_LAUNCH_S, LAUNCH_GAP_S, MEETING_S, Gpu
 from benchmarks.modelling.machine_code import Code, Count
 from benchmarks.modelling.stub import Launch
 
@@ -47,6 +47,7 @@ class Cost:
         registers: of a thread.
         spills: accesses to local memory.
         taps_s: time of its taps alone at the first-level cache's rate; 0 where there are none.
+        meetings_s: time in which its programs wait for each other; it comes on top.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Cost:
     registers: int
     spills: int
     taps_s: float = 0.0
+    meetings_s: float = 0.0
 
     @property
     def bound(self) -> str:
@@ -62,7 +64,7 @@ class Cost:
 
     @property
     def total(self) -> float:
-        return self.seconds[self.bound] * self.uneven
+        return self.seconds[self.bound] * self.uneven + self.meetings_s
 
 
 def _seconds(warp_clocks: dict[str, float], gpu: Gpu) -> dict[str, float]:
@@ -95,6 +97,8 @@ class Model:
         code = machine_code.read(launch.cubin)
         if launch.name == "propagate_fwd_kernel":
             return self._propagation(launch, code)
+        if launch.name == "propagate_resident_kernel":
+            return self._resident(launch, code)
         if launch.name == "dwconv_fwd_kernel" or launch.name == "dwconv_bwd_w_kernel":
             return self._convolution(launch, code, dilations)
         return self._plain(launch, code)
@@ -142,6 +146,30 @@ class Model:
         seconds["memory"] = 0.0 if moved <= 0.75 * gpu.l2_bytes else moved / gpu.copy_bytes_per_s
         taps = pixels * neighbours * groups * pixel / gpu.l1_bytes_per_s
         return Cost(launch.name, seconds, _uneven(launch.grid, gpu), code.registers, code.spills, taps)
+
+    def _resident(self, launch: Launch, code: Code) -> Cost:
+        """All iterations: weights are read once, and the programs meet after each but the last."""
+        a, gpu = launch.arguments, self.gpu
+        plane, weight = _ITEMSIZE[launch.types["planes_ptr"]], _ITEMSIZE[launch.types["weights_ptr"]]
+        neighbours, pixel, times = 8 * len(a["DILATIONS"]), a["BLOCK_C"] * plane, a["times"]
+        pixels = launch.grid // a["tiles"] * a["height"] * a["width"]
+        groups = min(a["groups_each"], a["groups"])
+        warps = launch.grid * launch.num_warps
+        whole = code.loop + code.skipped
+        counts = [(code.outside, warps), (whole - code.nested, warps * times), (code.nested, warps * times * groups)]
+        seconds = _seconds(_scaled(counts), gpu)
+        from_l2 = self._cache_misses(
+            a["height"], a["width"], groups, pixel, weight, a["BLOCK_H"], a["BLOCK_W"], a["row_stride"],
+            1, 1, tuple(a["DILATIONS"]),
+        )  # fmt: skip
+        weights = neighbours * weight
+        seconds["L2"] = pixels * (times * (from_l2 - weights + groups * pixel) + weights) / gpu.l2_bytes_per_s
+        seconds["memory"] = pixels * (weights + 2 * groups * pixel) / gpu.copy_bytes_per_s
+        taps = pixels * neighbours * groups * pixel * times / gpu.l1_bytes_per_s
+        meetings = MEETING_S * (times - 1)
+        return Cost(
+            launch.name, seconds, _uneven(launch.grid, gpu), code.registers, code.spills, taps, meetings_s=meetings
+        )
 
     def _cache_misses(self, *arguments: object) -> float:
         *numbers, images, dilations = arguments

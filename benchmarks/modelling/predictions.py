@@ -14,6 +14,7 @@ from benchmarks.measuring.cases import CASES
 from benchmarks.modelling import gpus, stub
 from benchmarks.modelling.model import UNITS, Cost, Model, predict
 from dmsa_kernels import multi_dilation_dwconv, refine
+from dmsa_kernels.backend import resident
 
 CONVOLUTIONS = {
     # name: x [B, C, H, W], dilations
@@ -24,7 +25,10 @@ CONVOLUTIONS = {
 
 
 def refinements(driver: stub.Driver, model: Model, match: str) -> Iterator[tuple[str, list[Cost], float, int]]:
-    """Yield name, costs of the launches, host time and their number for every workload and precision."""
+    """Yield name, costs of the launches, host time and their number for every workload and precision.
+
+    Where the launches dominate, also with one launch for all iterations, if the map fits the GPU.
+    """
     for case in CASES:
         for precision in ("exact", "fast"):
             name = f"{case.name} {precision}"
@@ -36,6 +40,9 @@ def refinements(driver: stub.Driver, model: Model, match: str) -> Iterator[tuple
                     return refine(image, masks, list(case.dilations), case.num_iter, **options)
 
                 yield name, *measured(driver, model, call, ())
+                with resident(True):
+                    if case.launch_bound and driver.cooperative_launches(call):
+                        yield f"{name}, resident", *measured(driver, model, call, ())
 
 
 def convolutions(driver: stub.Driver, model: Model, match: str) -> Iterator[tuple[str, list[Cost], float, int]]:
@@ -87,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     gpu = gpus.GPUS[arguments.gpu]
-    driver = stub.Driver(gpu.l2_bytes)
+    driver = stub.Driver(gpu.l2_bytes, gpu.multiprocessors)
     model = Model(gpu, driver.folder)
     bare = driver.bare_launch_seconds()
     for family in (refinements, convolutions):

@@ -2,6 +2,7 @@
 
     python -m benchmarks.modelling.spills                       # all instruction sets, one after another
     python -m benchmarks.modelling.spills --capability 86 --lists 6
+    python -m benchmarks.modelling.spills --match 'one launch' --maps 0
 
 Lists of one to eight dilations, guides of 1, 3 and 4 channels, exact and fast, flags, anchors, both gradients, tiles of
 every number of warps, masks that are packed and such as are large enough not to be; and the convolution on random maps.
@@ -29,7 +30,7 @@ def calls(lists: Sequence[int], maps: int) -> Iterator[tuple[str, Callable[[], o
     """Yield a name and a call for every variant."""
     import torch
 
-    from dmsa_kernels import local_affinity, multi_dilation_dwconv, plans, propagate, tuning
+    from dmsa_kernels import backend, local_affinity, multi_dilation_dwconv, plans, propagate, tuning
     from dmsa_kernels.refine.triton.propagate import plane_width
 
     plan_step = tuning.plan_step
@@ -47,6 +48,17 @@ def calls(lists: Sequence[int], maps: int) -> Iterator[tuple[str, Callable[[], o
             return call()
         finally:
             tuning.plan_step, tuning.MIN_PLANAR_BYTES = plan_step, kept
+
+    def one_launch(call: Callable[[], object], tile: tuning.Config) -> object:
+        """Run a call with one launch for all iterations, with this tile, whatever the estimate says."""
+        kept = tuning._CONFIGS["propagate_resident"], tuning._MOST_RESIDENT_WORK
+        tuning._CONFIGS["propagate_resident"], tuning._MOST_RESIDENT_WORK = (tile,), float("inf")
+        plans.clear()
+        try:
+            with backend.resident(True):
+                return call()
+        finally:
+            tuning._CONFIGS["propagate_resident"], tuning._MOST_RESIDENT_WORK = kept
 
     height, width = 96, 320  # several of every tile
     for count in lists:
@@ -78,6 +90,8 @@ def calls(lists: Sequence[int], maps: int) -> Iterator[tuple[str, Callable[[], o
                         yield f"{name}, {tile}", functools.partial(forced, run, tile, 1 << 62)
                         if side > 1 and not flags and precision == "exact":
                             yield f"{name}, {tile}, not packed", functools.partial(forced, run, tile, 0)
+                    for tile in tuning.configs("propagate_resident", neighbours=8 * count, width=side):
+                        yield f"{name}, {tile}, one launch", functools.partial(one_launch, run, tile)
                     if precision == "exact" and classes < 24:
 
                         def gradients(dilations=dilations, masks=masks, extra=extra) -> object:
@@ -105,12 +119,14 @@ def calls(lists: Sequence[int], maps: int) -> Iterator[tuple[str, Callable[[], o
         yield f"convolution {shape} {dtype} k={kernel} strides {x.stride()}", convolve
 
 
-def spilling(lists: Sequence[int], maps: int) -> int:
+def spilling(lists: Sequence[int], maps: int, match: str) -> int:
     """Print one JSON line a kernel that spills, and how many there are; over the stub."""
     driver = stub.Driver()
     seen: set[bytes] = set()
     found = 0
     for name, call in calls(lists, maps):
+        if match not in name:
+            continue
         with driver.recording() as launches:
             call()
         for launch in launches:
@@ -137,10 +153,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--capability", nargs="+", type=int, choices=CAPABILITIES, default=CAPABILITIES)
     parser.add_argument("--lists", nargs="*", type=int, default=range(1, 9), help="lengths of the dilation lists")
     parser.add_argument("--maps", type=int, default=60, help="random maps of the convolution")
+    parser.add_argument("--match", default="", help="only calls whose name contains this")
     arguments = parser.parse_args(argv)
     if stub.is_ready():
-        return spilling(arguments.lists, arguments.maps)
-    options = ["--lists", *map(str, arguments.lists), "--maps", str(arguments.maps)]
+        return spilling(arguments.lists, arguments.maps, arguments.match)
+    options = ["--lists", *map(str, arguments.lists), "--maps", str(arguments.maps), "--match", arguments.match]
     statuses = [stub.in_child(__spec__.name, options, capability=c) for c in arguments.capability]
     return max(statuses)
 

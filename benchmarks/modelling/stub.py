@@ -82,9 +82,10 @@ class Driver:
 
     Args:
         l2_bytes: size of the L2 cache for which chunks are planned; None for the default.
+        multiprocessors: as many programs of a cooperative launch run at the same time; it refuses more.
     """
 
-    def __init__(self, l2_bytes: int | None = None) -> None:
+    def __init__(self, l2_bytes: int | None = None, multiprocessors: int = 132) -> None:
         import triton.backends.nvidia.driver as nvidia
         from triton.backends.compiler import GPUTarget
         from triton.runtime import driver
@@ -98,6 +99,7 @@ class Driver:
         self.capability = int(os.environ["STUB_CAPABILITY"])
         self.folder = Path(os.environ[_FOLDER])
         self._library = ctypes.CDLL(str(self.folder / "libcuda.so.1"))
+        self._library.stub_set_room(multiprocessors)
         self._recorded: list[Launch] | None = None
         target = GPUTarget("cuda", self.capability, 32)
         stub = self
@@ -123,6 +125,7 @@ class Driver:
 
         driver.set_active(Stub())
         compat.compute_capability = lambda device: divmod(stub.capability, 10)
+        compat.cooperative_programs = lambda device: multiprocessors
         for ops in (dmsa_kernels.refine.ops, dmsa_kernels.aspp.ops):
             ops.resolve = lambda backend, *tensors: "triton"
 
@@ -164,6 +167,12 @@ class Driver:
         before = self._library.stub_launches()
         function()
         return self._library.stub_launches() - before
+
+    def cooperative_launches(self, function: Callable[[], object]) -> int:
+        """Return how many of a call's launches are cooperative, counted by the driver."""
+        before = self._library.stub_cooperative_launches()
+        function()
+        return self._library.stub_cooperative_launches() - before
 
     def bare_launch_seconds(self) -> float:
         """Return the host time of launching a kernel with one argument through Triton's JIT."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dmsa_kernels import tuning
-from dmsa_kernels.backend import resolve
+from dmsa_kernels.backend import resident, resolve
 from dmsa_kernels.refine.functional import local_affinity, propagate
 from dmsa_kernels.refine.spec import AffinitySpec
 from dmsa_kernels.tuning import Config
@@ -58,7 +58,8 @@ def warmup(
     chosen = {}
     if resolve("auto", image, masks) == "triton":
         with torch.no_grad(), torch.cuda.device(image.device):
-            chosen = _measured_configs(run, image, masks, len(dilations), precision)
+            with resident(False):  # one launch for all iterations has nothing to measure
+                chosen = _measured_configs(run, image, masks, len(dilations), precision)
             run(return_labels)
     leaves = [tensor for tensor in (image, masks) if tensor.requires_grad]
     if leaves and not return_labels:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import math
+import subprocess
 import types
 
 import pytest
 import torch
 
 from benchmarks import gpu_suite
-from benchmarks.measuring import gpu_checks
+from benchmarks.measuring import bench_refine, cases, gpu_checks, resident
 from benchmarks.measuring.results import read_csv
 from benchmarks.measuring.rows import Candidate, Row
+from dmsa_kernels import backend
 from dmsa_kernels.refine import AffinitySpec, eager, local_affinity, propagate
 
 
@@ -59,10 +62,66 @@ def test_memory_is_bounded_and_the_bound_can_fail(tmp_path, monkeypatch):
 def test_sections_that_need_a_gpu_are_listed_as_not_run(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    status, log = run(tmp_path, "--sections", "graph,sanitizer")
+    status, log = run(tmp_path, "--sections", "graph,sanitizer,resident")
     assert status == 0
     assert "not run: graph: CUDA graphs need a GPU" in log
     assert "not run: sanitizer: needs a GPU" in log
+    assert "not run: resident: needs a GPU" in log
+
+
+@pytest.mark.parametrize("status", [0, 1, 2, None])
+def test_one_launch_for_all_iterations_is_checked_apart_and_then_measured(tmp_path, monkeypatch, status):
+    """Its row is measured where the checks, in a process of their own, have passed."""
+    said = ["ok: this", "FAILED: that", "keep DMSA_RESIDENT off"]
+
+    def start(command, *, timeout, **_):
+        assert command[1:3] == ["-m", "benchmarks.measuring.resident"]
+        if status is None:
+            raise subprocess.TimeoutExpired(command, timeout)
+        return types.SimpleNamespace(returncode=status, stdout="\n".join(said), stderr="")
+
+    monkeypatch.setattr(resident, "WHY_NOT_MEASURED", "not checked")
+    monkeypatch.setattr(gpu_suite.subprocess, "run", start)
+    arguments = argparse.Namespace(device="cpu", out=str(tmp_path), seconds=60.0, seed=0)
+    suite = gpu_checks.Suite(arguments)
+    suite.on_gpu, suite.section = True, "resident"
+    gpu_suite.section_resident(suite)
+    suite.lines.close()
+    assert bool(suite.failures) == (status in (1, None))
+    assert bool(suite.not_run) == (status == 2)
+    (candidate,) = [
+        candidate
+        for candidate in bench_refine.refine_row(cases.CASES[0], "", full=True).candidates
+        if candidate.name == "ours, one launch where it fits"
+    ]
+    assert candidate.why_not == (None if status == 0 else "not checked")
+    log = (tmp_path / "log.txt").read_text()
+    assert "ok: this" not in log
+    assert ("keep DMSA_RESIDENT off" in log) == (status is not None)
+
+
+def test_the_verdict_on_one_launch_for_all_iterations():
+    rows = [("afa_train", 80.0, 50.0), ("toco_train", 70.0, 70.5)]
+    assert resident.verdict([], rows[:1]).startswith("turn DMSA_RESIDENT on")
+    assert "toco_train is not faster" in resident.verdict([], rows)
+    assert "no map" in resident.verdict([], [])
+    assert "1 checks failed" in resident.verdict(["bits"], rows[:1])
+
+
+def test_the_checks_of_one_launch_find_other_bits(monkeypatch, capsys):
+    """A dry run: both ways are the eager path, one of which is made wrong."""
+    assert resident.main(["--device", "cpu"]) == 0
+    right = eager.propagate
+
+    def wrong(weights, masks, *arguments):
+        out = right(weights, masks, *arguments)
+        if backend.wants_resident():
+            out[..., -1, -1] *= 1.001
+        return out
+
+    monkeypatch.setattr(eager, "propagate", wrong)
+    assert resident.main(["--device", "cpu"]) == 1
+    assert "FAILED: (1, 3, 17, 17)" in capsys.readouterr().out
 
 
 def test_a_budget_that_is_used_up_ends_with_what_there_is(tmp_path):

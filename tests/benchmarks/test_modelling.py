@@ -37,9 +37,30 @@ def test_a_disassembly_is_read():
     assert (code.registers, code.stack, code.spills) == (48, 8, 1)
     assert dict(code.loop) == {"load128": 1, "fp32": 1, "predicate": 1, "control": 1}
     assert sum(code.total.values()) == 7  # without the padding
+    assert not code.nested
+    assert not code.ordering
     assert dict(code.outside) == {"constant": 1, "spill": 1, "control": 1}
     with pytest.raises(ValueError, match="no resource usage"):
         machine_code.parse_usage("")
+
+
+def test_loops_in_loops_and_what_orders_memory_are_read():
+    nested = """
+.L_x_1:
+        /*0000*/                   MEMBAR.ALL.GPU ;
+        /*0010*/                   IMAD R1, R2, R3, R4 ;
+.L_x_2:
+        /*0020*/                   FFMA R8, R4, R5, R8 ;
+        /*0030*/               @P0 BRA `(.L_x_2) ;
+        /*0040*/               @P1 LDG.E.STRONG.GPU R4, desc[UR4][R2.64] ;
+        /*0050*/                   LDG.E R5, desc[UR4][R2.64] ;
+        /*0060*/                   BRA `(.L_x_1) ;
+        /*0070*/                   EXIT ;
+"""
+    code = machine_code.parse_code(USAGE, nested)
+    assert dict(code.nested) == {"fp32": 1, "control": 1}
+    assert dict(code.loop - code.nested) == {"control": 2, "multiply": 1, "load32": 2}
+    assert code.ordering == ("MEMBAR.ALL.GPU", "LDG.E.STRONG.GPU")
 
 
 def test_warps_that_fit_by_registers():
@@ -55,6 +76,8 @@ def test_a_prediction_adds_launches_and_names_the_longest():
     found = predict([cost, cost], stub_host_s=1e-6)
     assert found.device_s == pytest.approx(2 * 3e-5 + 2 * gpus.LAUNCH_GAP_S)
     assert found.bound == "L2"
+    late = Cost("kernel", {"L1": 1e-5}, 1.0, 100, 0, taps_s=1e-5, meetings_s=4e-5)
+    assert predict([late], 0.0).device_s == pytest.approx(5e-5 + gpus.LAUNCH_GAP_S)
     assert found.share == pytest.approx(2e-5 / found.device_s)
     assert predict([cost], stub_host_s=1.0).bound == "host"
 
@@ -126,9 +149,59 @@ def test_a_training_call_over_the_stub(environment):
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.modelling.predictions", "--match", "afa_train exact"]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert run.returncode == 0, run.stderr[-4000:]
-    (row,) = map(json.loads, run.stdout.splitlines())
+    row, together = map(json.loads, run.stdout.splitlines())
     assert row["launches"] == 11
     assert row["spills"] == 0
     assert row["kernels"]["propagate_fwd_kernel"]["registers"] <= 128  # sixteen warps
     # all eleven, and everything public around them, against as many of the least launches there are
     assert row["stub_host_s"] < 2 * row["launches"] * row["bare_launch_s"], row
+    assert together["row"] == "afa_train exact, resident"
+    assert together["launches"] == 3
+    assert together["spills"] == 0
+    assert together["stub_host_s"] < row["stub_host_s"]
+
+
+ONE_LAUNCH = """
+import torch
+from benchmarks.modelling import stub
+from dmsa_kernels import backend, local_affinity, propagate, warmup
+
+driver = stub.Driver(multiprocessors=128)
+image, masks = torch.empty(1, 3, 256, 256), torch.empty(1, 3, 256, 256)
+affinity = local_affinity(image, [1, 2, 4, 8, 12, 24])
+call = lambda: propagate(affinity, masks, 10)
+for on, launches in ((False, 10), (True, 2), (True, 2), (False, 10), (True, 2)):  # no plan of the other kind is taken
+    with backend.resident(on):
+        assert driver.launches(call) == launches, on
+        assert driver.cooperative_launches(call) == int(on)
+leaf = masks.requires_grad_()
+with backend.resident(True):
+    affinity.weights.requires_grad_()
+    out = propagate(affinity, leaf, 10)
+    gradients = lambda: torch.autograd.grad(out, (leaf, affinity.weights), torch.ones_like(out), retain_graph=True)
+    assert driver.cooperative_launches(gradients) == 1  # the planes are computed again
+    # a larger map, an affinity of one more tile: a launch for each iteration
+    for height, width in ((512, 512), (256, 257)):
+        wide = local_affinity(torch.empty(1, 3, height, width), [1, 2, 4, 8, 12, 24])
+        larger = lambda: propagate(wide, torch.empty(1, 3, height, width), 10)
+        larger()
+        assert driver.cooperative_launches(larger) == 0
+    # a share of the device that only the driver knows of
+    driver._library.stub_set_room(100)
+    with torch.no_grad():
+        call()
+"""
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_one_launch_for_all_iterations_over_the_stub(environment):
+    """Asked for, cooperative, with plans of its own; and refused by a driver that cannot run all programs at once."""
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", ONE_LAUNCH],
+        env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    *_, last = run.stderr.strip().splitlines()
+    assert last.startswith("RuntimeError: the driver refuses"), run.stderr[-4000:]
+    assert "too many blocks in cooperative launch" in last
+    assert "DMSA_RESIDENT" in last
