@@ -402,9 +402,10 @@ def reads_planar(masks: Tensor, shape: tuple[int, ...], weights: Tensor) -> bool
     """Return whether the first and the last iteration take masks ``[n, C, H, W]`` as they are, and none are packed.
 
     Packing launches would pass device memory for planes larger than a cache. For smaller ones two more variants of the
-    kernel are not worth their compilation; and 16-bit planes would be converted once for every tap.
+    kernel are not worth their compilation; and 16-bit planes would be converted once for every tap. AMD's compiler
+    spills the last of these iterations.
     """
-    large = 4 * math.prod(shape) >= tuning.MIN_PLANAR_BYTES
+    large = torch.version.hip is None and 4 * math.prod(shape) >= tuning.MIN_PLANAR_BYTES
     plain = masks.dtype == plane_dtype(weights) == torch.float32 and masks.stride(3) == 1
     return large and plain and shape[4] > 1 and holds_weights(weights.shape[1])
 
@@ -812,7 +813,7 @@ def offline_cases() -> Iterator[tuning.OfflineCase]:
             | constants,
             num_warps=config.num_warps,
             every_target=not constants or "PLANAR" in constants or kernel != "propagate_fwd",
-            but_for=("sm_120",) if width == 8 and len(dilations) > 4 else (),
+            but_for=("gfx942",) if "PLANAR" in constants else ("sm_120",) if width == 8 and len(dilations) > 4 else (),
         )
 
     longest: dict[tuple[tuning.Config, int, bool], tuple[int, ...]] = {}
