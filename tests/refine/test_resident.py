@@ -143,9 +143,9 @@ def test_labels(kernels, together):
 @pytest.mark.parametrize("num_iter", [2, 3, 4])
 def test_gradients_recompute_the_planes_together(kernels, together, num_iter):
     """With two iterations the gradient recomputes one, with three it takes two slices, with four it fills a stack."""
-    weights, masks = inputs(3, batch=2)
-    anchor = 0.5 * rand(2, 1, 9, 13, seed=4)
-    grad = rand(2, 3, 9, 13, seed=2)
+    weights, masks = inputs(3)
+    anchor = 0.5 * rand(1, 1, 9, 13, seed=4)
+    grad = rand(1, 3, 9, 13, seed=2)
     for hold in (None, anchor):
         call = functools.partial(
             kernels[1].propagate_backward, grad, weights, masks, DILATIONS, num_iter, None,
