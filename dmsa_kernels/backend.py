@@ -86,10 +86,10 @@ def resolve(backend: str, *tensors: Tensor) -> str:
         raise ValueError(f"{backend=} is not one of {', '.join(BACKENDS)}")
     if backend in ("eager", "reference"):
         return backend
+    if backend == "auto":
+        on_gpu = bool(tensors) and all(tensor.is_cuda for tensor in tensors)
+        return "triton" if on_gpu and why_not_triton(*tensors) is None else "eager"
     reason = why_not_triton(*tensors)
-    if backend == "triton":
-        if reason is not None:
-            raise RuntimeError(f"backend='triton' cannot run: {reason}")
-        return "triton"
-    on_gpu = all(tensor.device.type == "cuda" for tensor in tensors)
-    return "triton" if reason is None and on_gpu and tensors else "eager"
+    if reason is not None:
+        raise RuntimeError(f"backend='triton' cannot run: {reason}")
+    return "triton"

@@ -84,14 +84,15 @@ def _is_direct(args: Sequence[Any]) -> bool:
     if is_compiling() or _is_watched():
         return False
     graph = torch.is_grad_enabled()
-    return all(
-        type(arg) in (Tensor, torch.nn.Parameter)
-        and arg.device.type in ("cpu", "cuda")
-        and not (graph and arg.requires_grad)
-        and not arg.is_neg()
-        for arg in args
-        if isinstance(arg, Tensor)
-    )
+    for arg in args:
+        if isinstance(arg, Tensor) and (
+            type(arg) not in (Tensor, torch.nn.Parameter)
+            or not (arg.is_cpu or arg.is_cuda)
+            or (graph and arg.requires_grad)
+            or arg.is_neg()
+        ):
+            return False
+    return True
 
 
 def _is_watched() -> bool:
@@ -159,8 +160,10 @@ def tangent(x: Tensor) -> Tensor | None:
     return None if is_compiling() else forward_ad.unpack_dual(x).tangent
 
 
-def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """Return the dtype to which autocast brings floating-point arguments on a device, or ``None`` where it is off."""
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Return the dtype to which autocast brings floating-point arguments on the device of ``x``, or ``None``."""
+    # The name of a device is slow to make, but what the compiler can trace.
+    device_type = "cpu" if not is_compiling() and x.is_cpu else x.device.type
     if device_type not in ("cpu", "cuda"):  # meta tensors know none
         return None
     if TORCH >= (2, 4):
@@ -170,11 +173,11 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else None
 
 
-def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
-    """Switch autocast off on a device, if it is on."""
-    if autocast_dtype(device_type) is None:
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
+    """Switch autocast off on the device of ``x``, if it is on."""
+    if autocast_dtype(x) is None:
         return contextlib.nullcontext()
-    return torch.autocast(device_type, enabled=False)
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def warp_size(device: torch.device) -> int:

@@ -75,7 +75,7 @@ def multi_dilation_dwconv_backward(
 
 def widest_library_padding(out: Tensor, summed: bool) -> int:
     """Return the padding up to which ``F.conv2d`` beats the taps for a branch of ``out`` ``[B, C, H, W]``; measured."""
-    if out.device.type != "cpu":
+    if not out.is_cpu:
         return sys.maxsize
     narrow_sum = summed and out.dtype != torch.float32
     if out.dtype == torch.float64 or narrow_sum or not torch.backends.mkldnn.is_available():
@@ -201,13 +201,15 @@ def _convolve_by_library(
             _convolve_by_library(inputs, weight, bias, dilations, results, by_library, summed)
         return
     dtype = _sum_dtype(weight.dtype)
-    filters = weight.to(dtype).unsqueeze(2).unbind(0)  # R times [C, 1, k, k]
+    narrow = weight.dtype != dtype
+    filters = (weight.to(dtype) if narrow else weight).unsqueeze(2).unbind(0)  # R times [C, 1, k, k]
     offsets = [None] * len(filters) if bias is None else bias.to(dtype).unbind(0)  # R times [C]
     channels, half = weight.shape[1], weight.shape[-1] // 2
     total = None
     for r in by_library:
         dilation = dilations[r]
-        branch = F.conv2d(sources[r].to(dtype), filters[r], offsets[r], 1, dilation * half, dilation, channels)
+        source = sources[r].to(dtype) if narrow else sources[r]
+        branch = F.conv2d(source, filters[r], offsets[r], 1, dilation * half, dilation, channels)
         if not summed:
             outs[r].copy_(branch)
         elif total is None:

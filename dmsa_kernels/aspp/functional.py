@@ -160,7 +160,7 @@ def _pack(primal: Tensor, terms: Sequence[Tensor]) -> Tensor:
 def _under_autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     """The tensors in autocast's dtype where it is on; double precision is a choice that it respects."""
     x = tensors[0]
-    dtype = None if x is None else autocast_dtype(x.device.type)
+    dtype = None if x is None else autocast_dtype(x)
     if dtype is None:
         return list(tensors)
     return [tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors]
@@ -200,11 +200,12 @@ def check_arguments(x: Tensor, weight: Tensor, dilations: Sequence[int], bias: T
     channels, height, width = x.shape[1:]
     if channels == 0 or height == 0 or width == 0:
         raise ValueError(f"{x.shape=}, expected at least one channel, row and column")
-    if weight.dim() != 4 or weight.shape[2] != weight.shape[3] or weight.shape[2] not in KERNEL_SIZES:
+    shape = weight.shape
+    if len(shape) != 4 or shape[2] != shape[3] or shape[2] not in KERNEL_SIZES:
         raise ValueError(f"{weight.shape=}, expected [R, C, k, k] with k one of {KERNEL_SIZES}")
-    if weight.shape[1] != channels:
+    branches = shape[0]
+    if shape[1] != channels:
         raise ValueError(f"{weight.shape=}, expected the {channels} channels of x ({x.shape=}) in dimension 1")
-    branches = weight.shape[0]
     if branches == 0:
         raise ValueError(f"{weight.shape=}, expected at least one branch")
     if bias is not None and bias.shape != (branches, channels):
@@ -215,14 +216,13 @@ def check_arguments(x: Tensor, weight: Tensor, dilations: Sequence[int], bias: T
 
 def check_alike(named: Mapping[str, Tensor], x: Tensor) -> None:
     """Raise unless the tensors are on the device of ``x`` and of its dtype, or autocast makes them so."""
-    autocast = autocast_dtype(x.device.type) is not None
+    device, dtype = x.device, x.dtype
     for name, tensor in named.items():
-        if tensor.device != x.device:
-            raise ValueError(f"{name}.device={tensor.device}, expected the device of x, {x.device}")
+        if tensor.device != device:
+            raise ValueError(f"{name}.device={tensor.device}, expected the device of x, {device}")
         # Autocast brings every dtype but float64 to its own.
-        casts = autocast and torch.float64 not in (tensor.dtype, x.dtype)
-        if tensor.dtype != x.dtype and not casts:
-            raise TypeError(f"{name}.dtype={tensor.dtype}, expected the dtype of x, {x.dtype}")
+        if tensor.dtype != dtype and (torch.float64 in (tensor.dtype, dtype) or autocast_dtype(x) is None):
+            raise TypeError(f"{name}.dtype={tensor.dtype}, expected the dtype of x, {dtype}")
 
 
 def list_of_dilations(dilations: Sequence[int]) -> list[int]:

@@ -11,19 +11,14 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from dmsa_kernels.aspp import eager, reference
 from dmsa_kernels.aspp.layout import empty_map
 from dmsa_kernels.backend import resolve
 from dmsa_kernels.compat import operator, tangent, without_autocast
 
 
 def _implementation(backend: str) -> ModuleType:
-    if backend == "reference":
-        from dmsa_kernels.aspp import reference
-
-        return reference
-    from dmsa_kernels.aspp import eager
-
-    return eager
+    return reference if backend == "reference" else eager
 
 
 def _forward(x, weight, bias, dilations, reduce, backend):
@@ -33,7 +28,7 @@ def _forward(x, weight, bias, dilations, reduce, backend):
         from dmsa_kernels.aspp.triton import forward
 
         return forward.multi_dilation_dwconv(x, weight, bias, dilations, reduce)
-    with without_autocast(x.device.type):
+    with without_autocast(x):
         return _implementation(name).multi_dilation_dwconv(x, weight, bias, dilations, reduce)
 
 
@@ -63,7 +58,7 @@ def _backward(grad, x, weight, dilations, reduce, need_x, need_weight, need_bias
         from dmsa_kernels.aspp.triton import backward
 
         return backward.multi_dilation_dwconv_backward(grad, x, weight, dilations, reduce, **needs)
-    with without_autocast(x.device.type):
+    with without_autocast(x):
         module = _implementation(name)
         return module.multi_dilation_dwconv_backward(grad, x, weight, dilations, reduce, **needs)
 
@@ -95,7 +90,7 @@ def _project(x, weight, bias, projection, offset, dilations, backend):
         from dmsa_kernels.aspp.triton import project
 
         return project.fused_dwconv_project(*tensors, dilations)
-    with without_autocast(x.device.type):
+    with without_autocast(x):
         return _implementation(name).fused_dwconv_project(*tensors, dilations)
 
 
@@ -117,7 +112,7 @@ def _project_autograd(ctx, grad):
     grad_x = grad_weight = grad_bias = grad_projection = grad_offset = None
     if need_branches or need_projection:
         # What the forward pass did not keep, through the unfused operators, in the forward pass's dtypes.
-        with without_autocast(grad.device.type):
+        with without_autocast(grad):
             branches = x, weight, bias, ctx.dilations, "concat", ctx.backend
             y = multi_dilation_dwconv(*branches) if need_projection else None
             grad_y, grad_projection = _pointwise_backward(grad, y, projection, need_branches)
