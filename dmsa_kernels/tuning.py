@@ -67,7 +67,6 @@ _CONFIGS: dict[str, tuple[Config, ...]] = {
         Config(2, 128, 8),
     ),
     "propagate_bwd": (Config(8, 32, 8),),
-    "propagate_bwd_crowded": (Config(4, 32, 4),),  # flags and eight dilations
     "propagate_resident": (Config(8, 32, 8), Config(16, 32, 16)),
     "local_affinity_fwd": (
         Config(4, 32, 4),
@@ -111,8 +110,7 @@ def configs(kernel: str, *, neighbours: int, width: int = 4) -> list[Config]:
     """Return the configurations worth trying for ``kernel``, the documented default first.
 
     Args:
-        kernel: ``"propagate_fwd"``, ``"propagate_bwd"``, ``"propagate_bwd_crowded"``, ``"propagate_resident"`` or
-            ``"local_affinity_fwd"``.
+        kernel: ``"propagate_fwd"``, ``"propagate_bwd"``, ``"propagate_resident"`` or ``"local_affinity_fwd"``.
         neighbours: P, the number of neighbours (8 per dilation).
         width: channels a thread works on at a time.
 
@@ -306,7 +304,7 @@ def plan_step(
     is taken where there is one.
 
     Args:
-        kernel: ``"propagate_fwd"``, ``"propagate_bwd"`` or ``"propagate_bwd_crowded"``.
+        kernel: ``"propagate_fwd"`` or ``"propagate_bwd"``.
         key: the bucketed shape under which :func:`tune` keeps a configuration.
         dilations: D dilations.
         width: channels of a group.

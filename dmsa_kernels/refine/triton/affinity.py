@@ -18,22 +18,21 @@ from torch import Tensor
 
 from dmsa_kernels import plans, tuning
 from dmsa_kernels.refine.spec import position_vector
-from dmsa_kernels.refine.triton.common import LAUNCH, NOTHING, OFFLINE_DILATIONS, in_float32, needs_int64
+from dmsa_kernels.refine.triton.common import LAUNCH, NOTHING, OFFLINE_DILATIONS, in_float32, needs_int64, tap_offsets
 
 # Image channels one launch takes; more are summed over several launches.
 MAX_CHANNELS = 4
 
 
 @triton.jit
-def tap_offsets(DILATIONS: tl.constexpr, BLOCK_P: tl.constexpr):
+def all_tap_offsets(DILATIONS: tl.constexpr, BLOCK_P: tl.constexpr):
     """Return the rows and columns ``[BLOCK_P, 1]`` of the neighbours, 3x3 windows without their centres, and a mask."""
     o_p = tl.arange(0, BLOCK_P)[:, None]
     dilation = tl.zeros([BLOCK_P, 1], dtype=tl.int32)
     for i in tl.static_range(len(DILATIONS)):
         dilation = tl.where(o_p // 8 == i, list(DILATIONS)[i], dilation)
-    o_tap = o_p % 8
-    o_tap = o_tap + (o_tap >= 4).to(tl.int32)
-    return (o_tap // 3 - 1) * dilation, (o_tap % 3 - 1) * dilation, o_p < 8 * len(DILATIONS)
+    t_y, t_x = tap_offsets(o_p % 8, dilation)
+    return t_y, t_x, o_p < 8 * len(DILATIONS)
 
 
 @triton.jit
@@ -57,7 +56,7 @@ def neighbourhood(
     D: tl.constexpr = len(DILATIONS)
     # how often the centre counts
     CENTRES: tl.constexpr = D if SIGMA == "centred" else (1 if SIGMA == "centre_once" else 0)
-    t_y, t_x, m_tap = tap_offsets(DILATIONS, BLOCK_P)
+    t_y, t_x, m_tap = all_tap_offsets(DILATIONS, BLOCK_P)
     c_y = tl.minimum(o_y, height - 1)
     c_x = tl.minimum(o_x, width - 1)
     # [PIXELS]
@@ -97,7 +96,9 @@ def inverse_scale(sigma, alpha, eps):
     return tl.where(sigma == 0, 0.0, inverse)
 
 
-@triton.jit(do_not_specialize=["height", "width", "tiles_w", "tiles", "stride_image_n", "stride_image_h"])
+@triton.jit(
+    do_not_specialize=["height", "width", "tiles_w", "tiles", "stride_image_n", "stride_image_h", "with_position"]
+)
 def local_affinity_fwd_kernel(
     image_ptr,  # [B, CHANNELS, H, W], any strides
     partial_ptr,  # [B, P, H, W] fp32: scores of the channels of earlier launches
@@ -113,6 +114,7 @@ def local_affinity_fwd_kernel(
     alpha,
     eps,
     inverse_channels,
+    with_position,  # 1, or 0 for the softmax alone, by the same code
     DILATIONS: tl.constexpr,
     POSITION: tl.constexpr,  # P floats in tap order, or () without a position term
     EXPONENT: tl.constexpr,  # 1 or 2
@@ -162,7 +164,7 @@ def local_affinity_fwd_kernel(
     if WRITE_PARTIAL:
         tl.store(partial_ptr + o_weights, scores, mask=m_weights)
     else:
-        t_y, t_x, m_tap = tap_offsets(DILATIONS, BLOCK_P)
+        t_y, t_x, m_tap = all_tap_offsets(DILATIONS, BLOCK_P)
         top = tl.max(tl.where(m_tap, scores, float("-inf")), axis=0)
         w = tl.exp(scores - top[None, :])
         total = tl.sum(tl.where(m_tap, w, NOTHING), axis=0)
@@ -173,7 +175,7 @@ def local_affinity_fwd_kernel(
                 here = tl.arange(0, BLOCK_P)[:, None] // 8 == i
                 window = tl.where(t_y * t_x != 0, list(POSITION)[8 * i], list(POSITION)[8 * i + 1])
                 position = tl.where(here, window, position)
-            w += position
+            w += position * with_position.to(tl.float32)
         tl.store(weights_ptr + o_weights, w.to(weights_ptr.dtype.element_ty), mask=m_weights)
 
 
@@ -226,8 +228,9 @@ def schedule(
     sigma: str,
     eps: float,
     position_weight: float,
+    with_position: bool = True,
 ) -> None:
-    """Write down the launches of :func:`local_affinity`."""
+    """Write down the launches of :func:`local_affinity`, or of its softmax alone."""
     batch, channels, height, width = image.shape
     position = position_constants(dilations, alpha, eps, position_weight)
     starts = range(0, channels, MAX_CHANNELS)
@@ -258,6 +261,7 @@ def schedule(
             alpha=alpha,
             eps=eps,
             inverse_channels=1.0 / channels,
+            with_position=int(with_position),
             DILATIONS=dilations,
             POSITION=position,
             EXPONENT=exponent,

@@ -26,6 +26,15 @@ BLOCK_EDGE = 32
 TILE = (4, 32)
 
 
+@triton.jit
+def pick(DILATIONS: tl.constexpr, i):
+    """Return dilation ``i``, which the compiler does not know."""
+    dilation = 0
+    for j in tl.static_range(len(DILATIONS)):
+        dilation = tl.where(i == j, list(DILATIONS)[j], dilation)
+    return dilation
+
+
 @triton.jit(
     do_not_specialize=["groups", "height", "width", "blocks_row", "blocks_column", "row_programs", "stride_weights_n"]
 )
@@ -71,8 +80,11 @@ def propagate_bwd_border_kernel(
     o_plane = (i_n * groups + i_group) * plane
     acc = tl.zeros([BLOCK, BLOCK_C], dtype=tl.float32)
 
-    for i in tl.static_range(len(DILATIONS)):
-        reach = tl.minimum(depth, list(DILATIONS)[i])
+    # the loops over dilations are not unrolled: an edge is little work, and the compiler's grows faster than the code
+    i = 0
+    while i < len(DILATIONS):
+        dilation = pick(DILATIONS, i)
+        reach = tl.minimum(depth, dilation)
         r = 0
         while r < reach:
             # line r from the edge: its tap across the edge is clamped to the edge
@@ -82,7 +94,7 @@ def propagate_bwd_border_kernel(
                 row_tap = tl.where(i_side == 0, s, 5 + s)
                 column_tap = tl.where(i_side == 0, (0, 3, 5)[s], (2, 4, 7)[s])
                 tap = tl.where(by_rows, row_tap, column_tap)
-                o_q = o_along - (s - 1) * list(DILATIONS)[i]
+                o_q = o_along - (s - 1) * dilation
                 m_q = (o_q >= 0) & (o_q < length)
                 o_pixel = o_line + o_q * step_along
                 # [BLOCK]
@@ -92,23 +104,26 @@ def propagate_bwd_border_kernel(
                 g = tl.load(p_g, mask=m_q[:, None], other=0.0).to(tl.float32)
                 acc = tl.fma(tl.broadcast_to(w[:, None], [BLOCK, BLOCK_C]), g, acc)
             r += 1
+        i += 1
 
     if by_rows:
-        # both ends of the row, one after the other: the loop is not unrolled
+        # both ends of the row, one after the other
         end = 0
         while end < 2:
             corner = end * (length - 1)
             if (corner >= i_block * BLOCK) & (corner < (i_block + 1) * BLOCK):
                 total = tl.zeros([BLOCK, BLOCK_C], dtype=tl.float32)
-                for i in tl.static_range(len(DILATIONS)):
+                i = 0
+                while i < len(DILATIONS):
+                    dilation = pick(DILATIONS, i)
                     tap = 8 * i + tl.where(i_side == 0, 2 * end, 5 + 2 * end)
                     r = 0
-                    while r < tl.minimum(depth, list(DILATIONS)[i]):
+                    while r < tl.minimum(depth, dilation):
                         o_line = tl.where(i_side == 0, r, depth - 1 - r) * step_across
                         start = 0
-                        while start < tl.minimum(length, list(DILATIONS)[i]):
+                        while start < tl.minimum(length, dilation):
                             o_in = start + tl.arange(0, BLOCK)
-                            m_q = o_in < tl.minimum(length, list(DILATIONS)[i])
+                            m_q = o_in < tl.minimum(length, dilation)
                             o_pixel = o_line + tl.where(end == 0, o_in, length - 1 - o_in) * step_along
                             # [BLOCK]
                             w = tl.load(p_weights + tap * plane + o_pixel, mask=m_q, other=0.0).to(tl.float32)
@@ -118,6 +133,7 @@ def propagate_bwd_border_kernel(
                             total = tl.fma(tl.broadcast_to(w[:, None], [BLOCK, BLOCK_C]), g, total)
                             start += BLOCK
                         r += 1
+                    i += 1
                 acc += tl.where((o_along == corner)[:, None], tl.sum(total, axis=0)[None, :], 0.0)
             end += 1
 
@@ -129,7 +145,19 @@ def propagate_bwd_border_kernel(
         tl.store(columns_ptr + o_out, acc, mask=m_out)
 
 
-@triton.jit(do_not_specialize=["channels", "groups", "times", "height", "width", "tiles_w", "tiles", "stride_time"])
+@triton.jit(
+    do_not_specialize=[
+        "channels",
+        "groups",
+        "times",
+        "height",
+        "width",
+        "tiles_w",
+        "tiles",
+        "stride_time",
+        "accumulate",
+    ]
+)
 def propagate_bwd_weights_kernel(
     masks_ptr,  # [T, n, groups, H, W, BLOCK_C]: planes before each iteration
     grads_ptr,  # [T, n, groups, H, W, BLOCK_C]: gradient after each iteration
@@ -143,11 +171,11 @@ def propagate_bwd_weights_kernel(
     tiles_w,
     tiles,
     stride_time,
+    accumulate,  # 1 to add to what is there, or 0
     stride_valid_n,
     stride_valid_c,
     DILATIONS: tl.constexpr,
     HAS_VALID: tl.constexpr,
-    ACCUMULATE: tl.constexpr,
     INT64: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -164,9 +192,7 @@ def propagate_bwd_weights_kernel(
         stride_time = stride_time.to(tl.int64)
         height = height.to(tl.int64)
         width = width.to(tl.int64)
-    dilation = 0
-    for i in tl.static_range(D):
-        dilation = tl.where(i_d == i, list(DILATIONS)[i], dilation)
+    dilation = pick(DILATIONS, i_d)
     o_pixel = tl.arange(0, PIXELS)
     o_y = (i_tile // tiles_w) * BLOCK_H + o_pixel // BLOCK_W
     o_x = (i_tile % tiles_w) * BLOCK_W + o_pixel % BLOCK_W
@@ -208,23 +234,22 @@ def propagate_bwd_weights_kernel(
             t += 1
         i_group += 1
     p_out = out_ptr + (i_n * 8 * D + i_d * 8) * plane + o_y * width + o_x
-    store_sum(p_out, a_0, m_pixel, ACCUMULATE)
-    store_sum(p_out + plane, a_1, m_pixel, ACCUMULATE)
-    store_sum(p_out + 2 * plane, a_2, m_pixel, ACCUMULATE)
-    store_sum(p_out + 3 * plane, a_3, m_pixel, ACCUMULATE)
-    store_sum(p_out + 4 * plane, a_4, m_pixel, ACCUMULATE)
-    store_sum(p_out + 5 * plane, a_5, m_pixel, ACCUMULATE)
-    store_sum(p_out + 6 * plane, a_6, m_pixel, ACCUMULATE)
-    store_sum(p_out + 7 * plane, a_7, m_pixel, ACCUMULATE)
+    store_sum(p_out, a_0, m_pixel, accumulate)
+    store_sum(p_out + plane, a_1, m_pixel, accumulate)
+    store_sum(p_out + 2 * plane, a_2, m_pixel, accumulate)
+    store_sum(p_out + 3 * plane, a_3, m_pixel, accumulate)
+    store_sum(p_out + 4 * plane, a_4, m_pixel, accumulate)
+    store_sum(p_out + 5 * plane, a_5, m_pixel, accumulate)
+    store_sum(p_out + 6 * plane, a_6, m_pixel, accumulate)
+    store_sum(p_out + 7 * plane, a_7, m_pixel, accumulate)
 
 
 @triton.jit
-def store_sum(p_out, acc, m_pixel, ACCUMULATE: tl.constexpr):
+def store_sum(p_out, acc, m_pixel, accumulate):
     """Store one tap's sum over the lanes ``[PIXELS, BLOCK_C]``, or add it to what is there."""
     # [PIXELS]
     total = tl.sum(acc, axis=1)
-    if ACCUMULATE:
-        total += tl.load(p_out, mask=m_pixel, other=0.0)
+    total += tl.load(p_out, mask=m_pixel & (accumulate != 0), other=0.0)
     tl.store(p_out, total, mask=m_pixel)
 
 
@@ -585,11 +610,11 @@ def _propagate_schedule(
                 tiles_w=tiles_w,
                 tiles=tiles,
                 stride_time=grads.stride(0),
+                accumulate=int(c > 0),
                 stride_valid_n=0 if valid is None else valid.stride(0),
                 stride_valid_c=0 if valid is None else valid.stride(1),
                 DILATIONS=dilations,
                 HAS_VALID=valid is not None,
-                ACCUMULATE=c > 0,
                 INT64=needs_int64(grads, sums),
                 BLOCK_C=width,
                 BLOCK_H=TILE[0],
@@ -655,7 +680,7 @@ def local_affinity_backward(
 ) -> Tensor:
     """Launch the gradient of the affinity, channel by channel; arguments as in ``affinity.local_affinity``.
 
-    The position term is constant, so ``position_weight`` has no part in the gradient.
+    The position term is constant and has no part in the gradient; its weight only finds the forward pass' kernel.
 
     Returns:
         ``[B, K, H, W]`` in the image's dtype and memory format.
@@ -664,7 +689,7 @@ def local_affinity_backward(
     grad_image = torch.empty_like(image)
     if image.numel() == 0:
         return grad_image
-    spec = (int(exponent), in_float32(alpha), sigma, in_float32(eps))
+    spec = (int(exponent), in_float32(alpha), sigma, in_float32(eps), float(position_weight))
     batch, channels, rows, columns = image.shape
     soft = image.new_empty((batch, 8 * len(dilations), rows, columns), dtype=torch.float32)
     sums = torch.empty((2, channels, batch, rows, columns), dtype=torch.float32, device=image.device)
@@ -685,9 +710,10 @@ def _affinity_schedule(
     alpha: float,
     sigma: str,
     eps: float,
+    position_weight: float,
 ) -> None:
     batch, channels, rows, columns = image.shape
-    affinity.schedule(trace, image, soft, dilations, exponent, alpha, sigma, eps, 0.0)
+    affinity.schedule(trace, image, soft, dilations, exponent, alpha, sigma, eps, position_weight, False)
     taps = trace.empty(soft.shape, torch.float32)
     borders = border_buffers(trace, ones)
     tiles_w = triton.cdiv(columns, TILE[1])
@@ -735,7 +761,7 @@ def offline_cases() -> Iterator[tuning.OfflineCase]:
             f"propagate_bwd_weights {dilations}",
             propagate_bwd_weights_kernel,
             {"masks_ptr": "*fp32", "grads_ptr": "*fp32", "out_ptr": "*fp32", "valid_ptr": "*u8"},
-            tile | {"HAS_VALID": True, "ACCUMULATE": True, "BLOCK_C": 4, "BLOCK_H": TILE[0], "BLOCK_W": TILE[1]},
+            tile | {"HAS_VALID": True, "BLOCK_C": 4, "BLOCK_H": TILE[0], "BLOCK_W": TILE[1]},
             every_target=longest,
         )
         yield tuning.OfflineCase(

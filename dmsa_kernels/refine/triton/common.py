@@ -1,3 +1,4 @@
+# ruff: noqa: RUF005 (Triton concatenates lists, it does not unpack them)
 """What the refinement kernels share: tap geometry, offset width, launch options."""
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from torch import Tensor
 # Row-major 3x3 order without the centre: tap j of dilation d is at (TAP_Y[j] * d, TAP_X[j] * d).
 TAP_Y = tl.constexpr((-1, -1, -1, 0, 0, 1, 1, 1))
 TAP_X = tl.constexpr((-1, 0, 1, -1, 1, -1, 0, 1))
-
 # What a row or lane that is none adds to a sum: 0 would turn a sum of -0 into 0, so the compiler would have to add it.
 NOTHING = tl.constexpr(-0.0)
 
@@ -21,6 +21,73 @@ LAUNCH = {"enable_fp_fusion": True}
 _INT32_MAX = 2**31 - 1
 # A flat block of pixels ends at most this far beyond its plane, before the mask applies.
 _OVERRUN = 4096
+
+
+@triton.jit
+def tap_offsets(o_tap, dilation):
+    """Return the offsets in y and x of taps 0 to 7 of a dilation: row-major 3x3 order without the centre."""
+    o_tap = o_tap + (o_tap >= 4).to(tl.int32)
+    return (o_tap // 3 - 1) * dilation, (o_tap % 3 - 1) * dilation
+
+
+@triton.jit
+def eight_offsets(dilation):
+    """Return the offsets ``[8, 1]`` in y and x of a dilation's taps."""
+    return tap_offsets(tl.arange(0, 8)[:, None], dilation)
+
+
+@triton.jit
+def clamped(o_y, o_x, dy, dx, height, width):
+    """Return the rows and columns of taps, clamped to the map."""
+    return tl.minimum(tl.maximum(o_y + dy, 0), height - 1), tl.minimum(tl.maximum(o_x + dx, 0), width - 1)
+
+
+@triton.jit
+def reverse(o_y, o_x, dy, dx, height, width):
+    """Return the rows and columns of the pixels whose taps these are, and which of them are inside the map."""
+    q_y = o_y - dy
+    q_x = o_x - dx
+    return q_y, q_x, (q_y >= 0) & (q_y < height) & (q_x >= 0) & (q_x < width)
+
+
+@triton.jit
+def split_eight(eight):
+    """Return the eight tensors ``[PIXELS]`` or ``[PIXELS, BLOCK_C]`` that lie along the first dimension."""
+    eight = tl.permute(eight, [1, 2, 0]) if len(eight.shape) == 3 else tl.permute(eight, [1, 0])
+    SHAPE: tl.constexpr = eight.shape[:-1]
+    even, odd = tl.split(tl.reshape(eight, SHAPE + [4, 2]))
+    even_0, even_2 = tl.split(tl.reshape(even, SHAPE + [2, 2]))
+    odd_1, odd_3 = tl.split(tl.reshape(odd, SHAPE + [2, 2]))
+    e_0, e_4 = tl.split(even_0)
+    e_1, e_5 = tl.split(odd_1)
+    e_2, e_6 = tl.split(even_2)
+    e_3, e_7 = tl.split(odd_3)
+    return e_0, e_1, e_2, e_3, e_4, e_5, e_6, e_7
+
+
+@triton.jit
+def add_eight(acc, weights, taps):
+    """Return ``acc + sum_i weights[i] taps[i]``, one after another.
+
+    Eight of each at a time: the compiler's passes take the square of the number of loads, or its cube.
+
+    Args:
+        acc: ``[PIXELS]`` or ``[PIXELS, BLOCK_C]``.
+        weights: ``[8, PIXELS]``.
+        taps: ``[8, PIXELS]`` or ``[8, PIXELS, BLOCK_C]``.
+    """
+    if len(taps.shape) == 3:
+        weights = tl.broadcast_to(weights[:, :, None], taps.shape)
+    w_0, w_1, w_2, w_3, w_4, w_5, w_6, w_7 = split_eight(weights)
+    t_0, t_1, t_2, t_3, t_4, t_5, t_6, t_7 = split_eight(taps)
+    acc = tl.fma(w_0, t_0, acc)
+    acc = tl.fma(w_1, t_1, acc)
+    acc = tl.fma(w_2, t_2, acc)
+    acc = tl.fma(w_3, t_3, acc)
+    acc = tl.fma(w_4, t_4, acc)
+    acc = tl.fma(w_5, t_5, acc)
+    acc = tl.fma(w_6, t_6, acc)
+    return tl.fma(w_7, t_7, acc)
 
 
 @triton.jit

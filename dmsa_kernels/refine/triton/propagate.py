@@ -20,7 +20,19 @@ from torch import Tensor
 
 from dmsa_kernels import compat, plans, tuning
 from dmsa_kernels.refine.triton import resident
-from dmsa_kernels.refine.triton.common import LAUNCH, NOTHING, OFFLINE_DILATIONS, TAP_X, TAP_Y, needs_int64, tile_rows
+from dmsa_kernels.refine.triton.common import (
+    LAUNCH,
+    NOTHING,
+    OFFLINE_DILATIONS,
+    TAP_X,
+    TAP_Y,
+    add_eight,
+    clamped,
+    eight_offsets,
+    needs_int64,
+    reverse,
+    tile_rows,
+)
 
 # Weights a thread can hold in registers; longer dilation lists read them again for every channel group, and so do all
 # before Triton 3.4.
@@ -142,9 +154,9 @@ def propagate_fwd_kernel(
     border sums that ``propagate_bwd_border_kernel`` prepared. Programs are (image, tile, share of the groups). Rows of
     a tile are ``row_stride`` apart, so that taps of large dilations meet the rows of others.
     """
-    P: tl.constexpr = 8 * len(DILATIONS)
     PIXELS: tl.constexpr = BLOCK_H * BLOCK_W
-    AGAIN: tl.constexpr = P > 48 and PIXELS > 256  # a thread has 128 registers
+    # whether a thread has no registers to keep its taps' places from group to group
+    AGAIN: tl.constexpr = (ADJOINT or not HOLD_WEIGHTS) or (len(DILATIONS) > 6 and PIXELS > 256)
     # programs that share a tile's weights run side by side
     i_split = tl.program_id(0) % splits
     i_tile = (tl.program_id(0) // splits) % tiles
@@ -163,21 +175,12 @@ def propagate_fwd_kernel(
 
     held = ()
     if HOLD_WEIGHTS:
-        for p in tl.static_range(P):
-            # [PIXELS]
-            held = held + (
-                load_weight(
-                    p_weights + p * plane,
-                    o_y,
-                    o_x,
-                    list(TAP_Y)[p % 8] * list(DILATIONS)[p // 8],
-                    list(TAP_X)[p % 8] * list(DILATIONS)[p // 8],
-                    m_pixel,
-                    height,
-                    width,
-                    ADJOINT,
-                ),
-            )
+        for i in tl.static_range(len(DILATIONS)):
+            p_eight = (p_weights + (8 * i + tl.arange(0, 8)) * plane)[:, None]
+            dy, dx = eight_offsets(list(DILATIONS)[i])
+            # [8, PIXELS]
+            eight = load_weights(p_eight, o_y[None, :], o_x[None, :], dy, dx, m_pixel[None, :], height, width, ADJOINT)
+            held = held + (eight,)
 
     # a while loop: the interpreter of Triton 3.6 cannot take an argument as a range's bound under NumPy 2.4
     i_group = i_split * groups_each
@@ -190,8 +193,8 @@ def propagate_fwd_kernel(
         o_plane = (i_n * groups + i_group) * plane
         acc = tl.zeros([PIXELS, BLOCK_C], dtype=tl.float32)
         some = tl.max(m_c.to(tl.int32), axis=0) if HAS_VALID else 1
-        # beside so many weights there is no room to keep the taps' places, so they are computed for every group: the
-        # compiler does not know that a group's number is never negative
+        # places that depend on the group are computed for every group: the compiler does not know that its number is
+        # never negative
         o_again = o_y + (i_group < 0).to(tl.int32) if AGAIN else o_y
         if PLANAR == "in":
             # reads nothing, but gives the sums the layout of planes: their lanes need no way through shared memory
@@ -206,43 +209,39 @@ def propagate_fwd_kernel(
                     p_masks = planes_ptr + i_n * stride_masks_n + i_c * stride_masks_c
                     # [PIXELS]
                     total = tl.zeros([PIXELS], dtype=tl.float32)
-                    for p in tl.static_range(P):
-                        q_y = tl.minimum(tl.maximum(o_y + list(TAP_Y)[p % 8] * list(DILATIONS)[p // 8], 0), height - 1)
-                        q_x = tl.minimum(tl.maximum(o_x + list(TAP_X)[p % 8] * list(DILATIONS)[p // 8], 0), width - 1)
-                        total = tl.fma(held[p], tl.load(p_masks + q_y * stride_masks_h + q_x), total)
+                    for i in tl.static_range(len(DILATIONS)):
+                        dy, dx = eight_offsets(list(DILATIONS)[i])
+                        q_y, q_x = clamped(o_y[None, :], o_x[None, :], dy, dx, height, width)
+                        total = add_eight(total, held[i], tl.load(p_masks + q_y * stride_masks_h + q_x))
                     acc = tl.where((o_lane == lane)[None, :], total[:, None], acc)
                 lane += 1
         elif some > 0:
-            for p in tl.static_range(P):
-                # [PIXELS, BLOCK_C]
+            # a dilation's eight taps at a time, or one
+            for i in tl.static_range(len(DILATIONS) if HOLD_WEIGHTS else 8 * len(DILATIONS)):
+                if HOLD_WEIGHTS:
+                    dy, dx = eight_offsets(list(DILATIONS)[i])
+                else:
+                    dy = list(TAP_Y)[i % 8] * list(DILATIONS)[i // 8]
+                    dx = list(TAP_X)[i % 8] * list(DILATIONS)[i // 8]
+                r_y = o_again[None, :] if HOLD_WEIGHTS else o_again
+                r_x = o_x[None, :] if HOLD_WEIGHTS else o_x
                 if ADJOINT:
                     # masked: a tap outside the map has weight 0, and a NaN in its place would turn that into NaN
-                    q_y = o_y - list(TAP_Y)[p % 8] * list(DILATIONS)[p // 8]
-                    q_x = o_x - list(TAP_X)[p % 8] * list(DILATIONS)[p // 8]
-                    m_tap = ((q_y >= 0) & (q_y < height) & (q_x >= 0) & (q_x < width))[:, None]
-                    o_tap = (o_plane + q_y * width + q_x) * BLOCK_C
-                    tap = tl.load(planes_ptr + o_tap[:, None] + o_lane[None, :], mask=m_tap, other=0.0).to(tl.float32)
+                    q_y, q_x, m_taps = reverse(r_y, r_x, dy, dx, height, width)
                 else:
                     # clamped, so inside the plane even for pixels outside the map: no mask needed
-                    q_y = tl.minimum(tl.maximum(o_again + list(TAP_Y)[p % 8] * list(DILATIONS)[p // 8], 0), height - 1)
-                    q_x = tl.minimum(tl.maximum(o_x + list(TAP_X)[p % 8] * list(DILATIONS)[p // 8], 0), width - 1)
-                    o_tap = (((i_n * groups + i_group) * height + q_y) * width + q_x) * BLOCK_C
-                    tap = tl.load(planes_ptr + o_tap[:, None] + o_lane[None, :]).to(tl.float32)
+                    q_y, q_x = clamped(r_y, r_x, dy, dx, height, width)
+                o_taps = (((i_n * groups + i_group) * height + q_y) * width + q_x) * BLOCK_C
+                p_taps = planes_ptr + tl.expand_dims(o_taps, -1) + o_lane
+                # [8, PIXELS, BLOCK_C] or [PIXELS, BLOCK_C]
+                taps = tl.load(p_taps, mask=tl.expand_dims(m_taps, -1), other=0.0) if ADJOINT else tl.load(p_taps)
                 if HOLD_WEIGHTS:
-                    w = held[p]
+                    acc = add_eight(acc, held[i], taps.to(tl.float32))
                 else:
-                    w = load_weight(
-                        p_weights + p * plane,
-                        o_y,
-                        o_x,
-                        list(TAP_Y)[p % 8] * list(DILATIONS)[p // 8],
-                        list(TAP_X)[p % 8] * list(DILATIONS)[p // 8],
-                        m_pixel,
-                        height,
-                        width,
-                        ADJOINT,
-                    )
-                acc = tl.fma(tl.broadcast_to(w[:, None], [PIXELS, BLOCK_C]), tap, acc)
+                    p_tap = p_weights + i * plane
+                    # [PIXELS]
+                    weight = load_weights(p_tap, o_y, o_x, dy, dx, m_pixel, height, width, ADJOINT)
+                    acc = tl.fma(tl.broadcast_to(weight[:, None], [PIXELS, BLOCK_C]), taps.to(tl.float32), acc)
             if ADJOINT:
                 o_border = (i_n * groups + i_group) * 2
                 for side in tl.static_range(2):
@@ -281,13 +280,12 @@ def propagate_fwd_kernel(
 
 
 @triton.jit
-def load_weight(p_weights, o_y, o_x, dy, dx, m_pixel, height, width, ADJOINT: tl.constexpr):
-    """Load one tap's weights of a tile: at the pixel, or for the transpose at the pixel the tap comes from."""
+def load_weights(p_weights, o_y, o_x, dy, dx, m_pixel, height, width, ADJOINT: tl.constexpr):
+    """Load taps' weights: those of the pixels, or for the transpose those of the pixels whose taps they are."""
     if ADJOINT:
-        o_y = o_y - dy
-        o_x = o_x - dx
-        m_pixel = m_pixel & (o_y >= 0) & (o_y < height) & (o_x >= 0) & (o_x < width)
-    return tl.load(p_weights + o_y * width + o_x, mask=m_pixel, other=0.0).to(tl.float32)
+        o_y, o_x, m_inside = reverse(o_y, o_x, dy, dx, height, width)
+        m_pixel = m_pixel & m_inside
+    return tl.load(p_weights + (o_y * width + o_x), mask=m_pixel, other=0.0).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["channels", "groups", "plane", "blocks", "first_channel"])
@@ -546,10 +544,10 @@ def step(
     masks = planes if planar == "in" else out  # read only if planar
     neighbours = weights.shape[1]
     kernel = "propagate_fwd" if borders is None else "propagate_bwd"
-    if borders is not None and valid is not None and neighbours > 56:
-        kernel = "propagate_bwd_crowded"
     key = tuning_key(neighbours, rows * columns, width)
-    most_warps = 8 if planar and neighbours > 48 else 32  # with 16, what a single channel takes spills
+    holds = holds_weights(neighbours)
+    # with 16, what a single channel takes spills, and so do weights that are read again
+    most_warps = 8 if not holds or (planar and neighbours > 48) else 32
     config, row_stride, groups_each = tuning.plan_step(
         kernel, key, dilations, width, count, groups, rows, columns, most_warps=most_warps
     )
@@ -587,7 +585,7 @@ def step(
         DILATIONS=dilations,
         HAS_VALID=valid is not None,
         HAS_ANCHOR=anchor is not None,
-        HOLD_WEIGHTS=holds_weights(neighbours),
+        HOLD_WEIGHTS=holds,
         ADJOINT=borders is not None,
         PLANAR=planar,
         INT64=needs_int64(planes, weights, out),
@@ -835,8 +833,7 @@ def offline_cases() -> Iterator[tuning.OfflineCase]:
         yield case("exact, valid", dilations, default, 4, HAS_VALID=True)
         yield case("exact, transposed", dilations, default, 4, "propagate_bwd", ADJOINT=True)
         yield case("exact, anchored", dilations, default, 4, HAS_ANCHOR=True)
-    (crowded,) = tuning.configs("propagate_bwd_crowded", neighbours=8 * len(dilations))
-    yield case("exact, valid", dilations, crowded, 4, "propagate_bwd_crowded", ADJOINT=True, HAS_VALID=True)
+    yield case("exact, valid, transposed", dilations, default, 4, "propagate_bwd", ADJOINT=True, HAS_VALID=True)
     for masks, planes, width in (("*fp32", "*fp32", 4), ("*fp16", "*fp32", 4), ("*bf16", "*fp16", 8)):
         flags = {"HAS_VALID": True, "INT64": False, "BLOCK_C": width, "BLOCK": BLOCK_PIXELS}
         for packing in (True, False):

@@ -22,7 +22,15 @@ from torch import Tensor
 
 from dmsa_kernels import compat, plans, tuning
 from dmsa_kernels.backend import wants_resident
-from dmsa_kernels.refine.triton.common import LAUNCH, OFFLINE_DILATIONS, TAP_X, TAP_Y, needs_int64, tile_rows
+from dmsa_kernels.refine.triton.common import (
+    LAUNCH,
+    OFFLINE_DILATIONS,
+    add_eight,
+    clamped,
+    eight_offsets,
+    needs_int64,
+    tile_rows,
+)
 
 # Weights a thread can hold in registers.
 MAX_NEIGHBOURS = 64
@@ -153,7 +161,6 @@ def propagate_resident_kernel(
 
     Two slices of the ring suffice: who writes one has met everyone who read it.
     """
-    P: tl.constexpr = 8 * len(DILATIONS)
     PIXELS: tl.constexpr = BLOCK_H * BLOCK_W
     i_tile = tl.program_id(0) % tiles
     o_pixel = tl.arange(0, PIXELS)
@@ -166,11 +173,12 @@ def propagate_resident_kernel(
     i_job = first_job + tl.program_id(0) // tiles
     i_n = i_job // splits
     first_group = (i_job % splits) * groups_each
-    p_weights = weights_ptr + i_n * stride_weights_n + o_y * width + o_x
+    p_weights = weights_ptr + i_n * stride_weights_n
     held = ()
-    for p in tl.static_range(P):
-        # [PIXELS]
-        held = held + (tl.load(p_weights + p * plane, mask=m_pixel, other=0.0).to(tl.float32),)
+    for i in tl.static_range(len(DILATIONS)):
+        p_eight = (p_weights + (8 * i + tl.arange(0, 8)) * plane)[:, None] + (o_y * width + o_x)[None, :]
+        # [8, PIXELS]
+        held = held + (tl.load(p_eight, mask=m_pixel[None, :], other=0.0).to(tl.float32),)
     if HAS_ANCHOR:
         # [PIXELS]
         anchor = tl.load(anchor_ptr + i_n * plane + o_y * width + o_x, mask=m_pixel, other=0.0)
@@ -191,15 +199,15 @@ def propagate_resident_kernel(
             o_plane = (i_n * groups + i_group) * plane
             acc = tl.zeros([PIXELS, BLOCK_C], dtype=tl.float32)
             if some > 0:
-                for p in tl.static_range(P):
+                for i in tl.static_range(len(DILATIONS)):
                     # clamped, so inside the plane even for pixels outside the map: no mask needed
-                    q_y = tl.minimum(tl.maximum(o_y + list(TAP_Y)[p % 8] * list(DILATIONS)[p // 8], 0), height - 1)
-                    q_x = tl.minimum(tl.maximum(o_x + list(TAP_X)[p % 8] * list(DILATIONS)[p // 8], 0), width - 1)
+                    dy, dx = eight_offsets(list(DILATIONS)[i])
+                    q_y, q_x = clamped(o_y[None, :], o_x[None, :], dy, dx, height, width)
                     # the row in the pointer: the compiler would compute one offset a tap before the loops and keep all
-                    p_row = source + ((o_plane + q_y * width) * BLOCK_C)[:, None] + o_lane[None, :]
-                    # [PIXELS, BLOCK_C]
-                    tap = tl.load(p_row + (q_x * BLOCK_C)[:, None]).to(tl.float32)
-                    acc = tl.fma(tl.broadcast_to(held[p][:, None], [PIXELS, BLOCK_C]), tap, acc)
+                    p_rows = source + ((o_plane + q_y * width) * BLOCK_C)[:, :, None] + o_lane[None, None, :]
+                    # [8, PIXELS, BLOCK_C]
+                    taps = tl.load(p_rows + (q_x * BLOCK_C)[:, :, None])
+                    acc = add_eight(acc, held[i], taps.to(tl.float32))
             o_out = (o_plane + o_y * width + o_x) * BLOCK_C
             m_out = (o_y < height * some) & (o_x < width)
             if HAS_ANCHOR:
