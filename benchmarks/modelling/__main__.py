@@ -36,7 +36,10 @@ def predictions(gpu: str, match: str) -> list[dict]:
 
 def table(rows: Sequence[dict], before: dict[tuple[str, str], dict]) -> list[str]:
     """Return a Markdown table: times in microseconds, the older state's in brackets."""
-    head = "row", "launches", "host over the stub", "device", "bound", "share of the ceiling", "end to end", "registers"
+    head = (
+        "row", "launches", "host over the stub", "device", "range", "bound", "share of the ceiling", "range", "end to end",
+        "registers",
+    )  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
 
     def both(row: dict, value, text: str) -> str:
@@ -50,8 +53,10 @@ def table(rows: Sequence[dict], before: dict[tuple[str, str], dict]) -> list[str
             both(row, lambda r: r["launches"], "{}"),
             both(row, lambda r: 1e6 * r["stub_host_s"], "{:.0f}"),
             both(row, lambda r: 1e6 * r["device_s"], "{:.0f}"),
+            f"{1e6 * row['device_bytes_s']:.0f} to {1e6 * row['device_lines_s']:.0f}",
             both(row, lambda r: r["bound"], "{}"),
             both(row, lambda r: r["ceiling"] / r["device_s"], "{:.0%}"),
+            f"{row['ceiling'] / row['device_lines_s']:.0%} to {row['ceiling'] / row['device_bytes_s']:.0%}",
             both(row, lambda r: 1e6 * max(r["device_s"], r["host_s"]), "{:.0f}"),
             both(row, lambda r: r["registers"], "{}") + spills,
         )

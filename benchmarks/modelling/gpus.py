@@ -71,3 +71,11 @@ DRIVER_LAUNCH_S = 1.5e-6
 MEETING_S = 1.5e-6
 """Assumed time in which all programs of a launch wait for each other: about four trips to L2, one after another (stores
 out, count, ask, and half a question in vain), and three block barriers."""
+L1_LINE_BYTES = 128
+"""Of a line of the first-level cache; one clock moves as many to the registers (NVIDIA's forum, 77228)."""
+L1_TAGS_A_CLOCK = 4
+"""Lines, of four sectors, that the tag stage resolves in a clock, from Volta on (NVIDIA's forum, 49571 and 273699)."""
+L1_BANKS = 32
+"""Banks of four bytes, by the lowest bits of an address: assumed to be those of the shared memory, which is the same
+memory. Its conflicts are counted for global loads, too (``l1tex__data_bank_conflicts_pipe_lsu_mem_global_op_ld``), but
+how addresses fall on banks is not published."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 import math
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.modelling import machine_code
+from benchmarks.modelling import lanes, machine_code
 from benchmarks.modelling.gpus import DRIVER_LAUNCH_S, LAUNCH_GAP_S, MEETING_S, Gpu
 from benchmarks.modelling.machine_code import Code, Count
 from benchmarks.modelling.stub import Launch
@@ -18,16 +18,18 @@ UNITS = ("issue", "integer", "float", "L1", "L2", "memory")
 _ITEMSIZE = {"*fp32": 4, "*fp16": 2, "*bf16": 2, "*i64": 8, "*u8": 1, "*i1": 1}
 
 
-def clocks(count: Count) -> dict[str, float]:
+ACCESSES = tuple(f"{kind}{bits}" for kind in ("load", "store") for bits in (8, 16, 32, 64, 128, 256))
+_SAMPLED_ROWS = 32  # rows of a map, of four bytes or more a pixel, begin at no more different places of a line
+
+
+def clocks(count: Count, wavefronts: Mapping[str, float]) -> dict[str, float]:
     """Return the clocks in which one multiprocessor runs a warp's instructions, by unit.
 
     Four schedulers issue one instruction each; the multiply-add pipes take 128 lanes, integer multiply-adds half of
-    them; the first-level cache moves 128 bytes.
+    them; the first-level cache takes ``wavefronts`` for an access, by its class, or what its bytes take at least.
     """
     integer = sum(count[kind] for kind in ("integer", "predicate", "move", "convert"))
-    moved = sum(
-        count[f"{kind}{bits}"] * max(1, bits // 32) for kind in ("load", "store") for bits in (8, 16, 32, 64, 128)
-    )
+    moved = sum(count[kind] * wavefronts.get(kind, max(1, bits_of(kind) // 32)) for kind in ACCESSES)
     return {
         "issue": sum(count.values()) / 4,
         "integer": integer / 2,
@@ -77,20 +79,103 @@ def _uneven(programs: int, gpu: Gpu) -> float:
     return math.ceil(mean) / mean if mean < 16 else 1.0
 
 
-def _scaled(counts: Sequence[tuple[Count, float]]) -> dict[str, float]:
+def _scaled(counts: Sequence[tuple[Count, Mapping[str, float], float]]) -> dict[str, float]:
     total: dict[str, float] = {}
-    for count, times in counts:
-        for unit, value in clocks(count).items():
+    for count, wavefronts, times in counts:
+        for unit, value in clocks(count, wavefronts).items():
             total[unit] = total.get(unit, 0.0) + value * times
     return total
 
 
-class Model:
-    """Costs of launches on one GPU; ``folder`` has the cache simulator."""
+def bits_of(kind: str) -> int:
+    """Return the bits of a lane of an access of this class."""
+    return int(kind.lstrip("loadstre"))
 
-    def __init__(self, gpu: Gpu, folder: Path):
+
+def tap_shifts(dilations: Sequence[int]) -> list[tuple[int, int]]:
+    """Return rows and columns from a pixel to each of its taps."""
+    return [(dy * d, dx * d) for d in dilations for dy in (-1, 0, 1) for dx in (-1, 0, 1) if dy or dx]
+
+
+def _places(launch: Launch, access: lanes.Access, dilations: Sequence[int]) -> tuple[list[int], int, list[int]]:
+    """Return where the lanes of an access fall: bytes from its first address, between a thread's values, and the first
+    addresses of typical ones, as far as they matter inside a line. No lane is beyond the map or clamped.
+    """
+    a, value = launch.arguments, access.bits // 8
+    places = access.first_values()
+    name = access.pointer.removesuffix("_ptr")
+    if launch.name.startswith("propagate") and "BLOCK_W" in a:
+        pixel = value * (a["BLOCK_C"] if len(access.shape) > 1 else 1)
+        row = a["width"] * pixel
+        taps = access.kind == "load" and name not in ("weights", "out", "first", "anchor")
+        shifts = tap_shifts(a["DILATIONS"]) if taps else [(0, 0)]
+        firsts = [n * row + dx * pixel for n in range(_SAMPLED_ROWS) for _, dx in shifts]
+        inside = [(p[0] // a["BLOCK_W"] * a["row_stride"] * row + p[0] % a["BLOCK_W"] * pixel, p[1:]) for p in places]
+        return [start + sum(rest) * value for start, rest in inside], value, firsts
+    if launch.name == "propagate_copy_kernel" and len(access.shape) == 2:
+        strides = (a["stride_masks_w"], a["stride_masks_c"]) if name == "masks" else (a["BLOCK_C"], 1)
+        shifts, row, block = [(0, 0)], a["BLOCK"] * strides[0], 0
+    elif launch.name.startswith("dwconv") and f"stride_{name}_w" in a and len(access.shape) == 2:
+        strides = (a[f"stride_{name}_w"], a[f"stride_{name}_c"])
+        row, block = a[f"stride_{name}_h"], a["BLOCK_C"] * a[f"stride_{name}_c"]
+        shifts = [(0, 0), *tap_shifts(dilations)] if access.kind == "load" and name == "x" else [(0, 0)]
+    else:
+        strides = tuple(1 if n == len(access.shape) - 1 else 0 for n in range(len(access.shape)))
+        shifts = tap_shifts(a["DILATIONS"]) if "DILATIONS" in a and access.kind == "load" else [(0, 0)]
+        row, block = a["BLOCK_C"] if name == "w" else a.get("width", 0), 0
+    offsets = [sum(p * stride for p, stride in zip(place, strides, strict=True)) * value for place in places]
+    between = strides[access.fastest] * value if access.fastest is not None else 0
+    firsts = [
+        ((n + dy) * row + dx * strides[0 if block else -1] + n * block) * value
+        for n in range(_SAMPLED_ROWS)
+        for dy, dx in shifts
+    ]
+    return offsets, between, firsts
+
+
+def wavefronts_of(
+    launch: Launch, code: Code, dilations: Sequence[int] = (), reads: str = "banks"
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the clocks of L1 for an access by class: in the kernel's loop, and outside.
+
+    The compiler's layouts say how a warp's lanes lie on a block; the widest instruction that the kernel has, and that
+    the adjacent values of a thread allow, is taken to be the one that moves them.
+    """
+    sums: dict[tuple[str, bool], list[float]] = {}
+    for access in lanes.accesses(launch.layouts):
+        offsets, between, firsts = _places(launch, access, dilations)
+        most = access.bits * (access.adjacent if between == access.bits // 8 else 1)
+        widths = [bits_of(kind) for kind in ACCESSES if kind.startswith(access.kind) and code.total[kind]]
+        fitting = [bits for bits in widths if bits <= most]
+        if not fitting:
+            continue
+        bits = max(fitting)
+        steps = range(0, max(bits, access.bits * access.adjacent), bits)  # a thread's instructions, one after another
+        step = bits // 8 if between == access.bits // 8 else between
+        starts = [first + n * step for first in firsts for n in range(len(steps))]
+        clocks = lanes.mean_wavefronts(offsets, bits // 8, starts, reads)
+        times = max(1.0, math.prod(access.shape) * access.bits / bits / lanes.LANES / launch.num_warps)
+        item = sums.setdefault((f"{access.kind}{bits}", access.in_loop), [0.0, 0.0])
+        item[0] += times * clocks
+        item[1] += times
+    means = {key: clocks / times for key, (clocks, times) in sums.items()}
+    loop, outside = ({kind: value for (kind, inside), value in means.items() if inside == wanted} for wanted in (1, 0))
+    return outside | loop, loop | outside
+
+
+class Model:
+    """Costs of launches on one GPU.
+
+    Args:
+        gpu: its rates.
+        folder: has the cache simulator.
+        reads: what L1 reads in a clock, one of ``lanes.READS``.
+    """
+
+    def __init__(self, gpu: Gpu, folder: Path, reads: str = "banks"):
         self.gpu = gpu
         self.folder = folder
+        self.reads = reads
 
     def cost(self, launch: Launch, dilations: Sequence[int] = ()) -> Cost:
         """Return a launch's cost; ``dilations`` are those of a convolution, whose kernel hides them."""
@@ -115,7 +200,8 @@ class Model:
         if launch.name == "local_affinity_fwd_kernel":  # its neighbours' samples come from the caches
             stored = sum(a_warp[f"store{bits}"] * bits // 8 * 32 for bits in (16, 32, 64, 128))
             moved = stored + 32 * 4 * launch.arguments["CHANNELS"]
-        seconds = _seconds(_scaled([(a_warp, launch.grid * launch.num_warps)]), self.gpu)
+        wavefronts, _ = wavefronts_of(launch, code, (), self.reads)
+        seconds = _seconds(_scaled([(a_warp, wavefronts, launch.grid * launch.num_warps)]), self.gpu)
         nbytes = moved * launch.grid * launch.num_warps
         seconds["L2"] = nbytes / self.gpu.l2_bytes_per_s
         seconds["memory"] = nbytes / self.gpu.copy_bytes_per_s
@@ -133,7 +219,12 @@ class Model:
         programs = launch.grid * launch.num_warps
         loops = images * tiles * groups * launch.num_warps
         repeated = a["channels"] / groups - 1 if lanes > 1 else 0
-        counts = [(code.outside, programs), (code.loop + code.skipped, loops), (code.nested, loops * repeated)]
+        loop, outside = wavefronts_of(launch, code, (), self.reads)
+        counts = [
+            (code.outside, outside, programs),
+            (code.loop + code.skipped, loop, loops),
+            (code.nested, loop, loops * repeated),
+        ]
         seconds = _seconds(_scaled(counts), gpu)
         resident = gpu.resident_warps(code.registers, launch.num_warps) // launch.num_warps
         from_l2 = self._cache_misses(
@@ -156,7 +247,12 @@ class Model:
         groups = min(a["groups_each"], a["groups"])
         warps = launch.grid * launch.num_warps
         whole = code.loop + code.skipped
-        counts = [(code.outside, warps), (whole - code.nested, warps * times), (code.nested, warps * times * groups)]
+        loop, outside = wavefronts_of(launch, code, (), self.reads)
+        counts = [
+            (code.outside, outside, warps),
+            (whole - code.nested, loop, warps * times),
+            (code.nested, loop, warps * times * groups),
+        ]
         seconds = _seconds(_scaled(counts), gpu)
         from_l2 = self._cache_misses(
             a["height"], a["width"], groups, pixel, weight, a["BLOCK_H"], a["BLOCK_W"], a["row_stride"],
@@ -195,15 +291,8 @@ class Model:
         outer = (2 if weights else 2 * branches) / max(code.parts, 1)
         for kind, number in code.skipped.items():
             loop[kind] += number * (1 - min(1.0, outer) * (1 - share))
-        if block_c > 1 and not weights:
-            # the filters are the same for all pixels: one wavefront a load, not one for every 32 bits of a lane
-            itemsize = _ITEMSIZE[launch.types["x_ptr"]]
-            filters = branches * a["K"] ** 2 * max(1, 16 // itemsize // 4)
-            whole = code.loop["load128"] + code.skipped["load128"]
-            broadcast = min(loop["load128"], filters * loop["load128"] / max(1, whole))
-            loop["load128"] -= broadcast
-            loop["load32"] += broadcast
-        counts = [(loop, times * launch.num_warps), (code.outside, launch.grid * launch.num_warps)]
+        inside, outside = wavefronts_of(launch, code, dilations, self.reads)
+        counts = [(loop, inside, times * launch.num_warps), (code.outside, outside, launch.grid * launch.num_warps)]
         seconds = _seconds(_scaled(counts), gpu)
         itemsize = _ITEMSIZE[launch.types["x_ptr"]]
         elements = images * channels * height * width

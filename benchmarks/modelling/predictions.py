@@ -12,7 +12,8 @@ import torch
 
 from benchmarks.measuring.cases import CASES
 from benchmarks.modelling import gpus, stub
-from benchmarks.modelling.model import UNITS, Cost, Model, predict
+from benchmarks.modelling.lanes import READS
+from benchmarks.modelling.model import UNITS, Model, predict
 from dmsa_kernels import multi_dilation_dwconv, refine
 from dmsa_kernels.backend import resident
 
@@ -24,8 +25,12 @@ CONVOLUTIONS = {
 }
 
 
-def refinements(driver: stub.Driver, model: Model, match: str) -> Iterator[tuple[str, list[Cost], float, int]]:
-    """Yield name, costs of the launches, host time and their number for every workload and precision.
+Row = tuple[str, list[stub.Launch], Sequence[int], float, int]
+"""Name, launches, dilations of a convolution, host time, number of launches."""
+
+
+def refinements(driver: stub.Driver, match: str) -> Iterator[Row]:
+    """Yield a row for every workload and precision.
 
     Where the launches dominate, also with one launch for all iterations, if the map fits the GPU.
     """
@@ -39,14 +44,14 @@ def refinements(driver: stub.Driver, model: Model, match: str) -> Iterator[tuple
                     options = {"spec": case.spec, "precision": precision, "resize": "none"}
                     return refine(image, masks, list(case.dilations), case.num_iter, **options)
 
-                yield name, *measured(driver, model, call, ())
+                yield name, *measured(driver, call, ())
                 with resident(True):
                     if case.launch_bound and driver.cooperative_launches(call):
-                        yield f"{name}, resident", *measured(driver, model, call, ())
+                        yield f"{name}, resident", *measured(driver, call, ())
 
 
-def convolutions(driver: stub.Driver, model: Model, match: str) -> Iterator[tuple[str, list[Cost], float, int]]:
-    """Yield the same for the forward pass, and for each launch of the backward pass."""
+def convolutions(driver: stub.Driver, match: str) -> Iterator[Row]:
+    """Yield a row for the forward pass, and for each launch of the backward pass."""
     for workload, (shape, dilations) in CONVOLUTIONS.items():
         for dtype in (torch.float32, torch.bfloat16):
             for layout in ("nchw", "channels_last"):
@@ -61,29 +66,28 @@ def convolutions(driver: stub.Driver, model: Model, match: str) -> Iterator[tupl
                 def forward(x=x, weight=weight, dilations=dilations) -> torch.Tensor:
                     return multi_dilation_dwconv(x, weight, dilations, reduce="concat")
 
-                yield f"{name} forward", *measured(driver, model, forward, dilations)
+                yield f"{name} forward", *measured(driver, forward, dilations)
                 out = forward()
                 grad = torch.empty_like(out)
 
                 def backward(out=out, x=x, weight=weight, grad=grad) -> object:
                     return torch.autograd.grad(out, (x, weight), grad, retain_graph=True)
 
-                costs, host, _ = measured(driver, model, backward, dilations)
-                for cost, label in zip(costs, ("input gradient", "filter gradient"), strict=True):
-                    yield f"{name} {label}", [cost], host / len(costs), 1
+                launches, _, host, _ = measured(driver, backward, dilations)
+                for launch, label in zip(launches, ("input gradient", "filter gradient"), strict=True):
+                    yield f"{name} {label}", [launch], dilations, host / len(launches), 1
 
 
 def measured(
-    driver: stub.Driver, model: Model, call: Callable[[], object], dilations: Sequence[int]
-) -> tuple[list[Cost], float, int]:
-    """Return a call's costs, its host time over the stub, and its launches as the driver counts them."""
+    driver: stub.Driver, call: Callable[[], object], dilations: Sequence[int]
+) -> tuple[list[stub.Launch], Sequence[int], float, int]:
+    """Return a call's launches, the dilations, its host time over the stub, and its launches as the driver counts them."""
     with driver.recording() as launches:
         call()
-    costs = [model.cost(launch, dilations) for launch in launches]
     counted = driver.launches(call)
-    if counted != len(costs):
-        raise RuntimeError(f"the driver counted {counted} launches, {len(costs)} were recorded")
-    return costs, driver.host_seconds(call, calls=5 if len(costs) > 50 else 20, rounds=5), counted
+    if counted != len(launches):
+        raise RuntimeError(f"the driver counted {counted} launches, {len(launches)} were recorded")
+    return launches, dilations, driver.host_seconds(call, calls=5 if counted > 50 else 20, rounds=5), counted
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,13 +99,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     gpu = gpus.GPUS[arguments.gpu]
     driver = stub.Driver(gpu.l2_bytes, gpu.multiprocessors)
-    model = Model(gpu, driver.folder)
+    models = {reads: Model(gpu, driver.folder, reads) for reads in READS}
     bare = driver.bare_launch_seconds()
     for family in (refinements, convolutions):
-        for name, costs, host, launches in family(driver, model, arguments.match):
-            prediction = predict(costs, host)
-            row = {"gpu": arguments.gpu, "row": name, **asdict(prediction), "launches": launches, "stub_host_s": host}
-            row["bare_launch_s"] = bare
+        for name, launches, dilations, host, counted in family(driver, arguments.match):
+            by_reads = {r: [model.cost(launch, dilations) for launch in launches] for r, model in models.items()}
+            costs = by_reads["banks"]
+            row = {"gpu": arguments.gpu, "row": name, **asdict(predict(costs, host)), "launches": counted}
+            row |= {"stub_host_s": host, "bare_launch_s": bare}
+            row["device_bound"] = predict(costs, 0.0).bound
+            row |= {f"device_{reads}_s": predict(found, host).device_s for reads, found in by_reads.items()}
             row["units_s"] = {unit: sum(c.seconds.get(unit, 0.0) for c in costs) for unit in UNITS}
             row["kernels"] = {c.name: {"registers": c.registers, "spills": c.spills} for c in costs}
             print(json.dumps(row), flush=True)

@@ -32,6 +32,7 @@ class Launch(NamedTuple):
         arguments: scalars and constants by name; pointers are left out.
         types: the pointers' types by name.
         cubin: machine code.
+        layouts: the compiler's last form in which loads and stores have layouts (``ttgir``).
     """
 
     name: str
@@ -40,6 +41,7 @@ class Launch(NamedTuple):
     arguments: dict[str, Any]
     types: dict[str, str]
     cubin: bytes
+    layouts: str
 
 
 def in_child(module: str, arguments: Sequence[str], *, capability: int = 90) -> int:
@@ -146,6 +148,7 @@ class Driver:
                 {name: value for name, value in values.items() if name not in pointers},
                 pointers,
                 Path(files[f"{metadata.name}.cubin"]).read_bytes(),
+                Path(files[f"{metadata.name}.ttgir"]).read_text(encoding="utf-8"),
             )
         )
 

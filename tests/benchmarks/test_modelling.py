@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.modelling import gpus, machine_code, stub
-from benchmarks.modelling.model import Cost, predict
+from benchmarks.measuring.results import result_files
+from benchmarks.modelling import gpus, lanes, machine_code, stub, table
+from benchmarks.modelling.machine_code import Count
+from benchmarks.modelling.model import Cost, clocks, predict, wavefronts_of
 
 pytest.importorskip("triton", reason="the model reads what Triton compiles")
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="the stub is compiled by cc")
@@ -80,6 +82,130 @@ def test_a_prediction_adds_launches_and_names_the_longest():
     assert predict([late], 0.0).device_s == pytest.approx(5e-5 + gpus.LAUNCH_GAP_S)
     assert found.share == pytest.approx(2e-5 / found.device_s)
     assert predict([cost], stub_host_s=1.0).bound == "host"
+
+
+LAYOUTS = """
+#blocked = #ttg.blocked<{sizePerThread = [1, 4], threadsPerWarp = [8, 4], warpsPerCTA = [1, 1], order = [1, 0]}>
+#blocked1 = #ttg.blocked<{sizePerThread = [1], threadsPerWarp = [32], warpsPerCTA = [1], order = [0]}>
+  tt.func public @f(%x_ptr: !tt.ptr<f32> loc("x_ptr"(#loc)), %w_ptr: !tt.ptr<f32> loc("w_ptr"(#loc))) {
+    %1 = tt.splat %w_ptr : !tt.ptr<f32> -> tensor<32x!tt.ptr<f32>, #blocked1> loc(#loc1)
+    %2 = tt.load %1, %m : tensor<32x!tt.ptr<f32>, #blocked1> loc(#loc1)
+    %t = scf.while (%t_9 = %c0) : (i32) -> i32 {
+      scf.condition(%0) %t_9 : i32 loc(#loc2)
+    } do {
+    ^bb0(%t_9: i32 loc("t"(#loc2))):
+      %3 = tt.addptr %x_ptr, %t_9 : !tt.ptr<f32>, i32 loc(#loc3)
+      %4 = tt.splat %3 : !tt.ptr<f32> -> tensor<64x16x!tt.ptr<f32>, #blocked> loc(#loc3)
+      %5 = tt.load %4 : tensor<64x16x!tt.ptr<f32>, #blocked> loc(#loc3)
+      %6 = tt.load %w_8 : tensor<16x!tt.ptr<f32>, #ttg.slice<{dim = 0, parent = #blocked}>> loc(#loc3)
+      scf.yield %t : i32 loc(#loc2)
+    } loc(#loc2)
+    tt.store %1, %2 : tensor<32x!tt.ptr<f32>, #blocked1> loc(#loc1)
+"""
+
+
+def test_layouts_of_loads_and_stores_are_read():
+    outside, wide, filters, store = lanes.accesses(LAYOUTS)
+    assert [(a.kind, a.pointer, a.in_loop, a.adjacent) for a in (outside, wide, store)] == [
+        ("load", "w_ptr", False, 1),
+        ("load", "x_ptr", True, 4),
+        ("store", "w_ptr", False, 1),
+    ]
+    assert outside.first_values() == [(lane,) for lane in range(32)]
+    assert wide.first_values() == [(lane // 4, 4 * (lane % 4)) for lane in range(32)]
+    assert filters.first_values() == [(4 * (lane % 4),) for lane in range(32)]  # eight pixels take the same filters
+
+
+@pytest.mark.parametrize(
+    ("offsets", "nbytes", "first", "expected"),
+    [
+        pytest.param(range(0, 128, 4), 4, 0, (1, 1, 1), id="a line"),
+        pytest.param(range(0, 128, 4), 4, 4, (1, 1, 2), id="the same, from inside a line"),
+        pytest.param(range(0, 512, 16), 4, 0, (1, 4, 4), id="16 bytes apart"),
+        pytest.param([0] * 32, 4, 0, (1, 1, 1), id="one word"),
+        pytest.param(range(0, 64, 2), 2, 0, (1, 1, 1), id="16-bit values"),
+        pytest.param(range(0, 256, 8), 8, 0, (2, 2, 2), id="64 bits a lane"),
+        pytest.param(range(0, 512, 16), 16, 0, (4, 4, 4), id="128 bits a lane"),
+        pytest.param(range(0, 512, 16), 16, 16, (4, 4, 8), id="the same, from inside a line"),
+        pytest.param([lane // 4 * 1536 + lane % 4 * 16 for lane in range(32)], 16, 0, (4, 8, 8), id="64 bytes a pixel"),
+        pytest.param([lane // 2 * 1536 + lane % 2 * 16 for lane in range(32)], 16, 0, (4, 16, 16), id="32 bytes a pixel"),
+        pytest.param(range(0, 32 * 128, 128), 4, 0, (8, 32, 32), id="a line each"),
+    ],
+)
+def test_wavefronts_of_a_warp_by_hand(offsets, nbytes, first, expected):
+    """By what L1 reads in a clock: any bytes, banks, one line."""
+    assert tuple(lanes.wavefronts(tuple(offsets), nbytes, first, reads) for reads in lanes.READS) == expected
+    with pytest.raises(ValueError, match="bytes, banks, lines"):
+        lanes.wavefronts(tuple(offsets), nbytes, first, "sectors")
+
+
+def test_first_level_cache_counts_wavefronts():
+    count = Count({"load32": 3, "load128": 2, "fp32": 7})
+    assert clocks(count, {})["L1"] == 3 + 2 * 4
+    assert clocks(count, {"load32": 1.75})["L1"] == 3 * 1.75 + 2 * 4
+
+
+@pytest.mark.parametrize(("reads", "expected"), [("bytes", 4), ("banks", 8), ("lines", 8)])
+def test_channels_last_blocks_of_half_a_line_share_banks(reads, expected):
+    """16 float32 channels a pixel, pixels whole lines apart: eight pixels a warp."""
+    code = machine_code.Code(32, 0, Count({"load128": 2, "load32": 1}), Count(), Count())
+    arguments = {"BLOCK_C": 16, "stride_x_w": 384, "stride_x_c": 1, "stride_x_h": 7680, "width": 20}
+    x_only = "\n".join(text for text in LAYOUTS.splitlines() if "%w_8" not in text)
+    launch = stub.Launch("dwconv_fwd_kernel", 1, 1, arguments, {}, b"", x_only)
+    loop, _ = wavefronts_of(launch, code, (6,), reads)
+    assert loop["load128"] == expected
+
+
+@pytest.mark.parametrize(("planar", "reads", "expected"), [(True, "banks", 1), (True, "lines", 2), (False, "lines", 8)])
+def test_taps_from_inside_a_line(planar, reads, expected):
+    """Every tap of dilation 4 that is not in the pixel's own column begins inside a line: six of eight."""
+    shape, each, bits = ("32", "[1]", 32) if planar else ("32x4", "[1, 4]", 128)
+    warp, order = ("[32]", "[0]") if planar else ("[32, 1]", "[1, 0]")
+    text = f"""
+#blocked = #ttg.blocked<{{sizePerThread = {each}, threadsPerWarp = {warp}, warpsPerCTA = [1], order = {order}}}>
+    %1 = tt.splat %planes_ptr : !tt.ptr<f32> -> tensor<{shape}x!tt.ptr<f32>, #blocked>
+    %2 = tt.load %1 : tensor<{shape}x!tt.ptr<f32>, #blocked>
+"""
+    arguments = {"BLOCK_C": 4, "BLOCK_W": 32, "row_stride": 1, "width": 160, "DILATIONS": (4,)}
+    launch = stub.Launch("propagate_fwd_kernel", 1, 1, arguments, {}, b"", text)
+    code = machine_code.Code(32, 0, Count({f"load{bits}": 8}), Count(), Count())
+    aligned = 1 if planar else 4
+    _, outside = wavefronts_of(launch, code, (), reads)
+    assert outside[f"load{bits}"] == pytest.approx((2 * aligned + 6 * expected) / 8)
+
+
+PREDICTED = {
+    "gpu": "H100", "row": "a exact", "launches": 2, "host_s": 1e-5, "device_s": 4e-5, "device_bytes_s": 2e-5,
+    "device_lines_s": 5e-5, "device_bound": "L1", "bound": "L1", "ceiling": 1e-5, "registers": 64, "spills": 0,
+}  # fmt: skip
+
+
+def test_predictions_are_written_read_and_shown(tmp_path, capsys):
+    path, notes = tmp_path / "predicted.csv", tmp_path / "NOTES.md"
+    lines = [table.line(PREDICTED), table.line(PREDICTED | {"row": "a fast"}), table.line(PREDICTED | {"gpu": "A100"})]
+    table.write(path, lines)
+    assert table.read(path) == lines
+    notes.write_text(f"before\n{table.BEGIN}\n{table.END}\nafter\n", encoding="utf-8")
+    files = ["--file", str(path), "--notes", str(notes)]
+    assert table.main(["--check", *files]) == 1
+    assert "modelling.table --write" in capsys.readouterr().out
+    assert table.main(["--write", *files]) == 0
+    assert table.main(["--check", *files]) == 0
+    assert "| a exact | 40 L1, 25% (20% to 50%) | 40 L1, 25% (20% to 50%) |" in notes.read_text(encoding="utf-8")
+    assert "a fast |" not in notes.read_text(encoding="utf-8")
+
+
+def test_committed_predictions_are_no_measurements_and_their_table_agrees():
+    assert table.main(["--check"]) == 0
+    assert table.FILE.exists()
+    assert table.FILE not in result_files()
+    lines = table.read()
+    assert {item["gpu"] for item in lines} == set(table.GPUS)
+    assert all(tuple(item) == table.COLUMNS for item in lines)
+    rows = [{item["row"] for item in lines if item["gpu"] == gpu} for gpu in table.GPUS]
+    assert rows[0]
+    for name in set.union(*rows):  # one launch for all iterations needs as many multiprocessors as the map has tiles
+        assert all(name in found for found in rows) or name.endswith("resident"), name
 
 
 @pytest.fixture(scope="module")
