@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import math
 import subprocess
@@ -138,23 +139,26 @@ def wavefronts_of(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Return the clocks of L1 for an access by class: in the kernel's loop, and outside.
 
-    The compiler's layouts say how a warp's lanes lie on a block; the widest instruction that the kernel has, and that
-    the adjacent values of a thread allow, is taken to be the one that moves them.
+    The compiler's layouts say how a warp's lanes lie on a block. It is taken to be moved by the widest instructions that
+    the adjacent values of a thread allow, as long as the kernel has so many of them; by narrower ones otherwise.
     """
     sums: dict[tuple[str, bool], list[float]] = {}
+    left = collections.Counter(code.total)
     for access in lanes.accesses(launch.layouts):
         offsets, between, firsts = _places(launch, access, dilations)
         most = access.bits * (access.adjacent if between == access.bits // 8 else 1)
-        widths = [bits_of(kind) for kind in ACCESSES if kind.startswith(access.kind) and code.total[kind]]
-        fitting = [bits for bits in widths if bits <= most]
+        values = math.prod(access.shape) * access.bits / lanes.LANES / launch.num_warps  # bits of a thread
+        fitting = [bits for bits in (256, 128, 64, 32, 16, 8) if bits <= most and code.total[f"{access.kind}{bits}"]]
         if not fitting:
             continue
-        bits = max(fitting)
+        enough = [bits for bits in fitting if left[f"{access.kind}{bits}"] >= max(1, values // bits)]
+        bits = (enough or fitting)[0]
+        times = max(1.0, values / bits)
+        left[f"{access.kind}{bits}"] -= times
         steps = range(0, max(bits, access.bits * access.adjacent), bits)  # a thread's instructions, one after another
         step = bits // 8 if between == access.bits // 8 else between
         starts = [first + n * step for first in firsts for n in range(len(steps))]
         clocks = lanes.mean_wavefronts(offsets, bits // 8, starts, reads)
-        times = max(1.0, math.prod(access.shape) * access.bits / bits / lanes.LANES / launch.num_warps)
         item = sums.setdefault((f"{access.kind}{bits}", access.in_loop), [0.0, 0.0])
         item[0] += times * clocks
         item[1] += times
