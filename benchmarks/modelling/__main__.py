@@ -37,8 +37,8 @@ def predictions(gpu: str, match: str) -> list[dict]:
 def table(rows: Sequence[dict], before: dict[tuple[str, str], dict]) -> list[str]:
     """Return a Markdown table: times in microseconds, the older state's in brackets."""
     head = (
-        "row", "launches", "host over the stub", "device", "range", "bound", "share of the ceiling", "range", "end to end",
-        "registers",
+        "row", "launches", "host over the stub", "device", "range", "bound", "share of the ceiling", "range",
+        "end to end", "registers",
     )  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
 
@@ -91,7 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             f" {gpu.l2_bytes_per_s / 1e12:g}, device memory {gpu.copy_bytes_per_s / 1e12:.2g} TB/s,"
             f" {1e6 * gpus.LAUNCH_GAP_S:g} us between launches, {1e6 * gpus.DRIVER_LAUNCH_S:g} us of the driver for"
             f" each, {1e6 * gpus.MEETING_S:g} us in which all programs of a launch wait for each other (resident)."
-            " Times in us. Ceiling: the taps at the L1 rate (refinement), device memory (convolution).\n"
+            " Times in us; L1 reads words of different banks in a clock; range: any 128 bytes, to one line."
+            " Ceiling: the taps at the L1 rate (refinement), device memory (convolution).\n"
         )
         print("\n".join(table(rows, before)), flush=True)
     if arguments.write:

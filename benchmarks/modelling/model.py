@@ -139,8 +139,8 @@ def wavefronts_of(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Return the clocks of L1 for an access by class: in the kernel's loop, and outside.
 
-    The compiler's layouts say how a warp's lanes lie on a block. It is taken to be moved by the widest instructions that
-    the adjacent values of a thread allow, as long as the kernel has so many of them; by narrower ones otherwise.
+    The compiler's layouts say how a warp's lanes lie on a block. It is taken to be moved by the widest instructions
+    that the adjacent values of a thread allow, as long as the kernel has so many of them; by narrower ones otherwise.
     """
     sums: dict[tuple[str, bool], list[float]] = {}
     left = collections.Counter(code.total)

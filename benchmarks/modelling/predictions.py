@@ -81,7 +81,7 @@ def convolutions(driver: stub.Driver, match: str) -> Iterator[Row]:
 def measured(
     driver: stub.Driver, call: Callable[[], object], dilations: Sequence[int]
 ) -> tuple[list[stub.Launch], Sequence[int], float, int]:
-    """Return a call's launches, the dilations, its host time over the stub, and its launches as the driver counts them."""
+    """Return a call's launches, the dilations, its host time over the stub, and how many the driver counts."""
     with driver.recording() as launches:
         call()
     counted = driver.launches(call)

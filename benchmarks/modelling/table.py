@@ -1,8 +1,8 @@
 """The committed predictions, and the table of them in NOTES.md. Nothing in either was measured on a GPU.
 
-    python -m benchmarks.modelling.table --predict   # every row for every GPU -> results/predicted.csv, and the table
-    python -m benchmarks.modelling.table --write     # the table alone, from that file
-    python -m benchmarks.modelling.table --check     # exit status 1 if NOTES.md is not what the file gives
+python -m benchmarks.modelling.table --predict   # every row for every GPU -> results/predicted.csv, and the table
+python -m benchmarks.modelling.table --write     # the table alone, from that file
+python -m benchmarks.modelling.table --check     # exit status 1 if NOTES.md is not what the file gives
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def table(lines: Sequence[dict[str, str]]) -> str:
     rows = [row for row in dict.fromkeys(row for _, row in found) if "exact" in row or row.endswith("forward")]
     head = "| row | " + " | ".join(gpus.GPUS[gpu].name for gpu in present) + " |"
     text = [
-        f"Predicted device time of a call in us, launches' gaps included; what bounds it; share of the ceiling (least to"
-        f" most, over what L1 reads in a clock). All {len(lines)} rows: `results/{FILE.name}`.",
+        f"Predicted device time of a call in us, launches' gaps included; what bounds it; share of the ceiling (least"
+        f" to most, over what L1 reads in a clock). All {len(lines)} rows: `results/{FILE.name}`.",
         "",
         head,
         "|---" * (1 + len(present)) + "|",
@@ -96,7 +96,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     choice.add_argument("--predict", action="store_true", help="run the model, then as --write")
     choice.add_argument("--write", action="store_true", help="put the table between the markers")
     choice.add_argument("--check", action="store_true", help="write nothing; fail if the table is out of date")
-    parser.add_argument("--gpu", nargs="+", choices=GPUS, default=GPUS, help="with --predict: the others stay as they are")
+    parser.add_argument(
+        "--gpu", nargs="+", choices=GPUS, default=GPUS, help="with --predict: the others stay as they are"
+    )
     parser.add_argument("--file", type=Path, default=FILE)
     parser.add_argument("--notes", type=Path, default=NOTES)
     arguments = parser.parse_args(argv)
@@ -104,10 +106,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         from benchmarks.modelling.__main__ import predictions
 
         kept = read(arguments.file) if arguments.file.exists() else []
-        by_gpu = {gpu: [item for item in kept if item["gpu"] == gpu] for gpu in GPUS}
         for gpu in arguments.gpu:
-            by_gpu[gpu] = [line(row) for row in predictions(gpu, "")]
-            write(arguments.file, sum(by_gpu.values(), []))
+            kept = [item for item in kept if item["gpu"] != gpu] + [line(row) for row in predictions(gpu, "")]
+            write(arguments.file, sorted(kept, key=lambda item: GPUS.index(item["gpu"])))
     text = table(read(arguments.file))
     if not (arguments.predict or arguments.write or arguments.check):
         print(text)

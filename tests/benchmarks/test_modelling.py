@@ -128,7 +128,9 @@ def test_layouts_of_loads_and_stores_are_read():
         pytest.param(range(0, 512, 16), 16, 0, (4, 4, 4), id="128 bits a lane"),
         pytest.param(range(0, 512, 16), 16, 16, (4, 4, 8), id="the same, from inside a line"),
         pytest.param([lane // 4 * 1536 + lane % 4 * 16 for lane in range(32)], 16, 0, (4, 8, 8), id="64 bytes a pixel"),
-        pytest.param([lane // 2 * 1536 + lane % 2 * 16 for lane in range(32)], 16, 0, (4, 16, 16), id="32 bytes a pixel"),
+        pytest.param(
+            [lane // 2 * 1536 + lane % 2 * 16 for lane in range(32)], 16, 0, (4, 16, 16), id="32 bytes a pixel"
+        ),
         pytest.param(range(0, 32 * 128, 128), 4, 0, (8, 32, 32), id="a line each"),
     ],
 )
