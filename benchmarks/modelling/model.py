@@ -105,14 +105,16 @@ def _places(launch: Launch, access: lanes.Access, dilations: Sequence[int]) -> t
     a, value = launch.arguments, access.bits // 8
     places = access.first_values()
     name = access.pointer.removesuffix("_ptr")
-    if launch.name.startswith("propagate") and "BLOCK_W" in a:
-        pixel = value * (a["BLOCK_C"] if len(access.shape) > 1 else 1)
+    tile = a["BLOCK_H"] * a["BLOCK_W"] if launch.name.startswith("propagate") and "BLOCK_W" in a else 0
+    if tile in access.shape:
+        at = access.shape.index(tile)  # taps may come before the pixels, channels behind them
+        pixel = value * (a["BLOCK_C"] if len(access.shape) > at + 1 else 1)
         row = a["width"] * pixel
         taps = access.kind == "load" and name not in ("weights", "out", "first", "anchor")
         shifts = tap_shifts(a["DILATIONS"]) if taps else [(0, 0)]
         firsts = [n * row + dx * pixel for n in range(_SAMPLED_ROWS) for _, dx in shifts]
-        inside = [(p[0] // a["BLOCK_W"] * a["row_stride"] * row + p[0] % a["BLOCK_W"] * pixel, p[1:]) for p in places]
-        return [start + sum(rest) * value for start, rest in inside], value, firsts
+        rows = [(p[at] // a["BLOCK_W"] * a["row_stride"], p[at] % a["BLOCK_W"], sum(p[at + 1 :])) for p in places]
+        return [y * row + x * pixel + channel * value for y, x, channel in rows], value, firsts
     if launch.name == "propagate_copy_kernel" and len(access.shape) == 2:
         strides = (a["stride_masks_w"], a["stride_masks_c"]) if name == "masks" else (a["BLOCK_C"], 1)
         shifts, row, block = [(0, 0)], a["BLOCK"] * strides[0], 0

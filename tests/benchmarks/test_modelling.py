@@ -158,17 +158,22 @@ def test_channels_last_blocks_of_half_a_line_share_banks(reads, expected):
     assert loop["load128"] == expected
 
 
+@pytest.mark.parametrize("together", [False, True], ids=["one tap", "eight taps a load"])
 @pytest.mark.parametrize(("planar", "reads", "expected"), [(True, "banks", 1), (True, "lines", 2), (False, "lines", 8)])
-def test_taps_from_inside_a_line(planar, reads, expected):
+def test_taps_from_inside_a_line(planar, reads, expected, together):
     """Every tap of dilation 4 that is not in the pixel's own column begins inside a line: six of eight."""
-    shape, each, bits = ("32", "[1]", 32) if planar else ("32x4", "[1, 4]", 128)
-    warp, order = ("[32]", "[0]") if planar else ("[32, 1]", "[1, 0]")
+    shape, each, warp, order = "32", "1", "32", "0"
+    if together:
+        shape, each, warp, order = "8x32", "1, 1", "1, 32", "1, 0"
+    if not planar:
+        shape, each, warp, order = f"{shape}x4", f"{each}, 4", f"{warp}, 1", f"{2 if together else 1}, {order}"
+    each, warp, order, bits = f"[{each}]", f"[{warp}]", f"[{order}]", 32 if planar else 128
     text = f"""
 #blocked = #ttg.blocked<{{sizePerThread = {each}, threadsPerWarp = {warp}, warpsPerCTA = [1], order = {order}}}>
     %1 = tt.splat %planes_ptr : !tt.ptr<f32> -> tensor<{shape}x!tt.ptr<f32>, #blocked>
     %2 = tt.load %1 : tensor<{shape}x!tt.ptr<f32>, #blocked>
 """
-    arguments = {"BLOCK_C": 4, "BLOCK_W": 32, "row_stride": 1, "width": 160, "DILATIONS": (4,)}
+    arguments = {"BLOCK_C": 4, "BLOCK_H": 1, "BLOCK_W": 32, "row_stride": 1, "width": 160, "DILATIONS": (4,)}
     launch = stub.Launch("propagate_fwd_kernel", 1, 1, arguments, {}, b"", text)
     code = machine_code.Code(32, 0, Count({f"load{bits}": 8}), Count(), Count())
     aligned = 1 if planar else 4
