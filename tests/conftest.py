@@ -1,9 +1,12 @@
 """Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before triton is imported."""
 
+import dataclasses
 import os
 
 import pytest
 import torch
+
+from dmsa_kernels.compat import OLDEST_TRITON, triton_version
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -11,6 +14,22 @@ if not torch.cuda.is_available():
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
     os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+
+
+def pytest_configure() -> None:
+    """Leave out what the interpreter computes for nothing, more than half of its time.
+
+    It repeats every sum, difference and product of integers in 64 bits and compares, for an assertion that it drops
+    unless its options say ``debug``.
+    """
+    if os.environ.get("TRITON_INTERPRET") != "1" or (triton_version() or (0, 0)) < OLDEST_TRITON:
+        return
+    from triton.runtime.interpreter import interpreter_builder
+
+    options = interpreter_builder.options
+    if getattr(options, "sanitize_overflow", False) and not options.debug:
+        interpreter_builder.options = dataclasses.replace(options, sanitize_overflow=False)
+
 
 # Forward and gradients of every operator against golden data or the definition, labels, ragged class sets.
 QUICK_INTERPRETED = (
