@@ -780,6 +780,7 @@ def offline_cases() -> Iterator[tuning.OfflineCase]:
         config: tuning.Config,
         width: int,
         kernel: str = "propagate_fwd",
+        every_target: bool = False,
         **constants: object,
     ):
         planes, weights = ("*fp16", "*fp16") if width == 8 or "narrow" in label else ("*fp32", "*fp32")
@@ -810,7 +811,7 @@ def offline_cases() -> Iterator[tuning.OfflineCase]:
             }
             | constants,
             num_warps=config.num_warps,
-            every_target=not constants or "PLANAR" in constants or kernel != "propagate_fwd",
+            every_target=every_target or not constants or kernel != "propagate_fwd",
             but_for=("gfx942",) if "PLANAR" in constants else ("sm_120",) if width == 8 and len(dilations) > 4 else (),
         )
 
@@ -825,10 +826,13 @@ def offline_cases() -> Iterator[tuning.OfflineCase]:
         yield case("exact, one channel", dilations, default, 1)
     for (config, width, _), dilations in longest.items():  # the list that leaves a configuration least room
         yield case("tile", dilations, config, width, INT64=False)
-    for (config, width, _), dilations in longest.items():
-        if width == 4 and config.num_warps == (8 if len(dilations) > 6 else 16):
+    first: dict[bool, tuning.Config] = {}
+    for (config, width, many), dilations in longest.items():
+        if width == 4 and config.num_warps == (8 if many else 16):
+            first.setdefault(many, config)
             for side in ("in", "out"):
-                yield case(f"planar {side}", dilations, config, width, PLANAR=side)
+                everywhere = config == first[many]
+                yield case(f"planar {side}", dilations, config, width, every_target=everywhere, PLANAR=side)
     for dilations in OFFLINE_DILATIONS[-2:]:
         yield case("exact, valid", dilations, default, 4, HAS_VALID=True)
         yield case("exact, transposed", dilations, default, 4, "propagate_bwd", ADJOINT=True)
