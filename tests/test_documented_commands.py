@@ -1,7 +1,8 @@
 """Every command in README.md, docs/ and docstrings runs, on small data in the official formats.
 
 The commands of a page run in its order, in a folder of their own, exactly as they stand but for the names of data in
-`NAMES` and the options in `SHORTER`, which are appended to keep them short. What is not run is in `NOT_RUN`, with why.
+`NAMES` and the options in `SHORTER`, which are appended to keep them short. What is not run is in `NOT_RUN`, with why;
+a command of several pages runs on the first of them.
 """
 
 from __future__ import annotations
@@ -118,10 +119,29 @@ def reason_not_to_run(command: str) -> str | None:
     return next((why for pattern, why in NOT_RUN.items() if re.search(pattern, command)), None)
 
 
-def shortened(command: str) -> str:
+def to_run() -> dict[str, list[str]]:
+    """Page → its commands that run and are on no page before it, but for the names of data."""
+    pages, seen = {}, set()
+    for page, commands in documented().items():
+        own = [c for c in commands if not reason_not_to_run(c) and (is_setting(c) or renamed(c) not in seen)]
+        seen.update(map(renamed, own))
+        if not all(map(is_setting, own)):
+            pages[page] = own
+    return pages
+
+
+def is_setting(line: str) -> bool:
+    return re.match(r"[A-Z]+=", line) is not None
+
+
+def renamed(command: str) -> str:
     for pattern, name in NAMES.items():
         command = re.sub(pattern, name, command)
-    command = command.replace("HOST:29400", f"127.0.0.1:{free_port()}")
+    return command
+
+
+def shortened(command: str) -> str:
+    command = renamed(command).replace("HOST:29400", f"127.0.0.1:{free_port()}")
     options = [options for pattern, options in SHORTER.items() if re.search(pattern, command)]
     assert options, f"nothing in SHORTER or NOT_RUN fits: {command}"
     command = f"{command} {options[-1]}".strip()
@@ -209,10 +229,13 @@ def test_every_page_has_its_commands():
     assert "torchrun --nproc_per_node=6 train.py" in found["train.py"]
     assert sum("torchrun" in command for command in found["docs/training.md"]) >= 4
     assert sum(map(len, found.values())) > 50
+    everything = [command for commands in found.values() for command in commands]
+    run = [command for commands in to_run().values() for command in commands]
+    assert {renamed(c) for c in everything if not reason_not_to_run(c)} == set(map(renamed, run))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", list(documented()))
+@pytest.mark.parametrize("page", list(to_run()))
 def test_every_command_of_a_page_runs(workplace, page):
     predictions(workplace, page)
     environment = {
@@ -221,10 +244,8 @@ def test_every_command_of_a_page_runs(workplace, page):
         "PYTHONPATH": str(workplace),
     }
     variables = ""
-    for command in documented()[page]:
-        if reason_not_to_run(command):
-            continue
-        if re.match(r"[A-Z]+=", command):
+    for command in to_run()[page]:
+        if is_setting(command):
             variables += f"{command}\n"
             continue
         # The lines of a page are alternatives: what one left would make the next one go on, or refuse.
