@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -42,13 +43,26 @@ QUICK_INTERPRETED = (
 )
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Interpreted kernels take milliseconds a program: but for these tests, their cases are slow ones."""
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        return
-    for item in items:
+# Files with the longest tests.
+LONGEST = ("test_offline_compile.py", "test_documented_commands.py")
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
+    """Mark the slow cases; then let each of two workers, which get a half of the tests each, start with long ones.
+
+    Interpreted kernels take milliseconds a program: but for `QUICK_INTERPRETED`, their cases are slow ones. A worker
+    cannot take the last two tests of the other one, so that those should be short.
+    """
+    for item in items if os.environ.get("TRITON_INTERPRET") == "1" else ():
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         quick = any(f"tests/{name}" in item.nodeid for name in QUICK_INTERPRETED)
         if parameters.get("backend") == "triton" and not quick:
             item.add_marker(pytest.mark.slow)
+    yield  # where what is not asked for is left out
+    if not workers:
+        return
+    first, second = ([item for item in items if item.path.name == name] for name in LONGEST)
+    others = [item for item in items if item.path.name not in LONGEST]
+    middle = max(0, len(items) // 2 - len(first))
+    items[:] = first + others[:middle] + second + others[middle:]
