@@ -74,7 +74,9 @@ def compile_case(case, target: str) -> dict:
     nvidia = target.startswith("sm_")
     gpu = GPUTarget("cuda", int(target[3:]), 32) if nvidia else GPUTarget("hip", target, 64)
     num_warps = max(1, case.num_warps * 32 // gpu.warp_size)
-    options = {"num_warps": num_warps, "enable_fp_fusion": True, **dict(case.options)}
+    # The code is the same without the sums in 64 bits, which an assertion that nobody asked for would compare.
+    fixed = {"enable_fp_fusion": True, "sanitize_overflow": False}
+    options = {"num_warps": num_warps, **fixed, **dict(case.options)}
     compiled = triton.compile(source, target=gpu, options=options)
     report = {"case": case.name, "target": target}
     if not nvidia:
