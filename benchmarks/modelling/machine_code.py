@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import hashlib
 import pathlib
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
@@ -144,6 +146,12 @@ def parse_code(usage: str, text: str) -> Code:
     )
 
 
+def usage(cubin: bytes) -> dict[str, int]:
+    """Return a cubin's registers and bytes of memory without disassembling it; what spills has a stack."""
+    with _written(cubin) as path:
+        return parse_usage(_run("cuobjdump", "-res-usage", path))
+
+
 def read(cubin: bytes) -> Code:
     """Disassemble a cubin."""
     return _read(hashlib.sha256(cubin).hexdigest(), cubin)
@@ -151,9 +159,17 @@ def read(cubin: bytes) -> Code:
 
 @functools.cache
 def _read(key: str, cubin: bytes) -> Code:
+    with _written(cubin) as path:
+        return parse_code(_run("cuobjdump", "-res-usage", path), _run("nvdisasm", "-c", path))
+
+
+@contextlib.contextmanager
+def _written(cubin: bytes) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        run = {"check": True, "capture_output": True, "text": True}
-        usage = subprocess.run([tool("cuobjdump"), "-res-usage", str(path)], **run).stdout
-        return parse_code(usage, subprocess.run([tool("nvdisasm"), "-c", str(path)], **run).stdout)
+        yield str(path)
+
+
+def _run(name: str, *arguments: str) -> str:
+    return subprocess.run([tool(name), *arguments], check=True, capture_output=True, text=True).stdout

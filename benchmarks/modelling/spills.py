@@ -19,6 +19,8 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from tqdm import tqdm
+
 from benchmarks.modelling import machine_code, stub
 
 CAPABILITIES = (90, 80, 86, 89, 100, 120)
@@ -124,7 +126,7 @@ def spilling(lists: Sequence[int], maps: int, match: str) -> int:
     driver = stub.Driver()
     seen: set[bytes] = set()
     found = 0
-    for name, call in calls(lists, maps):
+    for name, call in tqdm(calls(lists, maps), desc=f"sm_{driver.capability}", unit=" calls", mininterval=10):
         if match not in name:
             continue
         with driver.recording() as launches:
@@ -133,8 +135,8 @@ def spilling(lists: Sequence[int], maps: int, match: str) -> int:
             if launch.cubin in seen:
                 continue
             seen.add(launch.cubin)
-            code = machine_code.read(launch.cubin)
-            if code.stack or code.spills:
+            if machine_code.usage(launch.cubin)["stack"]:
+                code = machine_code.read(launch.cubin)
                 found += 1
                 constants = {k: v for k, v in launch.arguments.items() if k.isupper()}
                 report = {"call": name, "kernel": launch.name, "warps": launch.num_warps, "registers": code.registers}
