@@ -238,9 +238,11 @@ def propagate_fwd_kernel(
                 if HOLD_WEIGHTS:
                     acc = add_eight(acc, held[i], taps.to(tl.float32))
                 else:
+                    # the transpose reads a weight where its tap is, with the same places
                     p_tap = p_weights + i * plane
+                    w_y = r_y if ADJOINT else o_y
                     # [PIXELS]
-                    weight = load_weights(p_tap, o_y, o_x, dy, dx, m_pixel, height, width, ADJOINT)
+                    weight = load_weights(p_tap, w_y, o_x, dy, dx, m_pixel, height, width, ADJOINT)
                     acc = tl.fma(tl.broadcast_to(weight[:, None], [PIXELS, BLOCK_C]), taps.to(tl.float32), acc)
             if ADJOINT:
                 o_border = (i_n * groups + i_group) * 2
