@@ -389,8 +389,22 @@ def plane_width(channels: int, dtype: torch.dtype, neighbours: int, has_valid: b
     takes them without flags.
     """
     width = tuning.plane_width(channels, dtype.itemsize)
-    crowded = has_valid or (compat.compute_capability(device) or (0,))[0] == 12
+    crowded = has_valid or _is_capability_12(device)
     return 4 if width == 8 and crowded and neighbours > 32 else width
+
+
+def most_warps(neighbours: int, width: int, planar: str, device: torch.device) -> int:
+    """Return the most warps of a program in which a thread has the registers that an iteration takes.
+
+    Read off the offline compiler (``python -m benchmarks.modelling.spills``): with 16 warps, what a single channel
+    takes spills, and so do weights that are read again, and eight channels on compute capability 12.
+    """
+    eight = width == 8 and neighbours > 16 and _is_capability_12(device)
+    return 8 if eight or not holds_weights(neighbours) or (planar and neighbours > 48) else 32
+
+
+def _is_capability_12(device: torch.device) -> bool:
+    return (compat.compute_capability(device) or (0,))[0] == 12
 
 
 def is_plane(masks: Tensor, valid: Tensor | None, width: int, dtype: torch.dtype) -> bool:
@@ -547,11 +561,9 @@ def step(
     neighbours = weights.shape[1]
     kernel = "propagate_fwd" if borders is None else "propagate_bwd"
     key = tuning_key(neighbours, rows * columns, width)
-    holds = holds_weights(neighbours)
-    # with 16, what a single channel takes spills, and so do weights that are read again
-    most_warps = 8 if not holds or (planar and neighbours > 48) else 32
+    most = most_warps(neighbours, width, planar, trace.device)
     config, row_stride, groups_each = tuning.plan_step(
-        kernel, key, dilations, width, count, groups, rows, columns, most_warps=most_warps
+        kernel, key, dilations, width, count, groups, rows, columns, most_warps=most
     )
     tiles_w = triton.cdiv(columns, config.block_w)
     tiles = tiles_w * triton.cdiv(rows, config.block_h)
@@ -587,7 +599,7 @@ def step(
         DILATIONS=dilations,
         HAS_VALID=valid is not None,
         HAS_ANCHOR=anchor is not None,
-        HOLD_WEIGHTS=holds,
+        HOLD_WEIGHTS=holds_weights(neighbours),
         ADJOINT=borders is not None,
         PLANAR=planar,
         INT64=needs_int64(planes, weights, out),
