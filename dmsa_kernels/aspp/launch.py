@@ -3,7 +3,7 @@
 No plan is timed during an ordinary call, so calls stay free of synchronisation. The defaults follow from the memory
 hierarchy: a dilated filter meets a pixel again k * k times at distant places, so a program should own a region whose
 input stays in its multiprocessor's first-level cache until the last tap has passed. Channels first, that region is one
-plane; channels last, it is a sector's worth of channels of one small map, or a band of rows of a larger one.
+plane; channels last, it is a cache line's worth of channels of one small map, or a band of rows of a larger one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import torch
 
 SECTOR_BYTES = 32  # device memory is read in sectors; a narrower channel block would read others' channels
-WARPS = 4224  # thirty-two for each of the 132 multiprocessors of an H100 or H200
+LINE_BYTES = 128  # of the first-level cache; a narrower channel block would use a part of its banks and of its lines
+MULTIPROCESSORS = 132  # of an H100 or H200
+WARPS = 32 * MULTIPROCESSORS
 BAND_PIXELS = 2048  # pixels of a large map that one program covers, when that gives enough programs
 PLANE_BYTES = 10 << 10  # sixteen planes of this size stay in a multiprocessor's first-level cache
 
@@ -62,8 +64,8 @@ def gather_plan(
 ) -> Plan:
     """Return the plan of the forward kernel and of the input gradient, for ``[batch, channels, height, width]``.
 
-    Channels last, a thread holds 8 values: one 16-byte vector of 16-bit channels, two of float32; half of that where
-    filters are larger than 3 x 3, or their loads in flight spill registers. Channels first, see :func:`_plane_tile`.
+    Channels last, a thread holds 8 values: four channels of two pixels; half of that where filters are larger than
+    3 x 3, or their loads in flight spill registers. Channels first, see :func:`_plane_tile`.
     """
     pixels = height * width
     if not channels_last:
@@ -73,17 +75,22 @@ def gather_plan(
         block_c = 1
     else:
         num_warps = 4
-        block_c = min(power_of_two(channels), 2 * SECTOR_BYTES // dtype.itemsize)
-        block_p = min(power_of_two(pixels), max(16, (1024 if kernel_size == 3 else 512) // block_c))
+        block_c = _channel_block(channels, 2 * SECTOR_BYTES, dtype)
+        block_p = min(power_of_two(pixels), (1024 if kernel_size == 3 else 512) // block_c)
     per_tile_row = batch * -(-channels // block_c)  # programs, if each covered every tile
     tiles = -(-pixels // block_p)
-    while (
-        tiles > 1
-        and tiles * block_p > BAND_PIXELS
-        and per_tile_row * -(-pixels // (tiles * block_p)) < WARPS // num_warps
-    ):
+    while tiles > 1:
+        enough = WARPS // num_warps if tiles * block_p > BAND_PIXELS else 2 * MULTIPROCESSORS
+        if per_tile_row * -(-pixels // (tiles * block_p)) >= enough:
+            break
         tiles = -(-tiles // 2)
     return Plan(block_p, block_c, tiles, num_warps)
+
+
+def _channel_block(channels: int, narrow_bytes: int, dtype: torch.dtype) -> int:
+    """Return the channels of a tile, channels last: whole cache lines where they fill them, narrower blocks else."""
+    line = LINE_BYTES // dtype.itemsize
+    return line if channels % line == 0 else min(power_of_two(channels), narrow_bytes // dtype.itemsize)
 
 
 def weight_plan(
@@ -98,19 +105,23 @@ def weight_plan(
 ) -> Plan:
     """Return the plan of the weight gradient: ``tiles`` tiles of any image make one partial sum.
 
-    A program keeps one running sum a tap and value; fewer values a thread make room for more taps.
+    A program keeps one running sum a tap and value; fewer values a thread make room for more taps. Channels last in
+    float32, two programs of eight warps share a multiprocessor's first-level cache instead of four of four; 16-bit
+    types need half of it and have fewer instructions for smaller tiles.
     """
     pixels = height * width
     if not channels_last:
         block_p, num_warps = _plane_tile(height, width, dtype, kernel_size)
         block_c = 1
+        programs = WARPS // num_warps
     else:
-        num_warps = 4
-        block_c = min(power_of_two(channels), SECTOR_BYTES // dtype.itemsize)
-        block_p = min(power_of_two(pixels), max(16, 1024 // block_c))
+        num_warps = 4 if dtype.itemsize == 2 else 8
+        block_c = _channel_block(channels, SECTOR_BYTES, dtype)
+        block_p = min(power_of_two(pixels), 256 * num_warps // block_c)
+        programs = WARPS // 4
     groups = branches * -(-channels // block_c) * (kernel_size if kernel_size > 3 else 1)
     total = batch * -(-pixels // block_p)
-    splits = max(1, min(total, WARPS // num_warps // groups))
+    splits = max(1, min(total, programs // groups))
     return Plan(block_p, block_c, -(-total // splits), num_warps)
 
 

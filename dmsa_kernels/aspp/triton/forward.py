@@ -79,6 +79,9 @@ def _tile_of_map(
         start = _shift(tile * BLOCK_P, i_c * BLOCK_C, stride_w, stride_c, WIDE)
         return map_ptr + start, (o_p * stride_w)[:, None] + (o_block * stride_c)[None, :]
     else:
+        # Four channels a lane: eight 16-bit ones, as the compiler would choose, are 32 bytes of float32 filters, which
+        # adjacent lanes load in two halves.
+        o_block = tl.max_contiguous(o_block, min(4, BLOCK_C))
         return map_ptr, _map_offsets(row, col, i_c * BLOCK_C + o_block, stride_h, stride_w, stride_c, WIDE)
 
 
