@@ -59,7 +59,7 @@ def warmup(
     if resolve("auto", image, masks) == "triton":
         with torch.no_grad(), torch.cuda.device(image.device):
             with resident(False):  # one launch for all iterations has nothing to measure
-                chosen = _measured_configs(run, image, masks, len(dilations), precision)
+                chosen = _measured_configs(run, image, masks, len(dilations), precision, valid_classes is not None)
             run(return_labels)
     leaves = [tensor for tensor in (image, masks) if tensor.requires_grad]
     if leaves and not return_labels:
@@ -70,14 +70,15 @@ def warmup(
 
 
 def _measured_configs(
-    run: Callable[[], object], image: Tensor, masks: Tensor, dilations: int, precision: str
+    run: Callable[[], object], image: Tensor, masks: Tensor, dilations: int, precision: str, has_valid: bool
 ) -> dict[str, Config]:
     from dmsa_kernels.refine.triton import affinity as affinity_kernels
     from dmsa_kernels.refine.triton import propagate as propagate_kernels
 
     neighbours = 8 * dilations
     pixels = image.shape[-2] * image.shape[-1]
-    width = tuning.plane_width(masks.shape[1], 2 if precision == "fast" else 4)
+    dtype = torch.float16 if precision == "fast" else torch.float32
+    width = propagate_kernels.plane_width(masks.shape[1], dtype, neighbours, has_valid, image.device)
     keys = {
         "local_affinity_fwd": (affinity_kernels.tuning_key(neighbours, pixels), 4),
         "propagate_fwd": (propagate_kernels.tuning_key(neighbours, pixels, width), width),

@@ -372,3 +372,26 @@ def test_wide_offsets_give_the_same_result(kernels, monkeypatch):
         monkeypatch.setattr(module, "needs_int64", lambda *tensors: True)
     plans.clear()
     assert all(torch.equal(a, b) for a, b in zip(narrow, run(), strict=True))
+
+
+def test_threads_without_room_take_fewer_channels_and_warps(monkeypatch):
+    from dmsa_kernels import compat
+    from dmsa_kernels.refine.triton import propagate as kernels
+
+    cpu, half = torch.device("cpu"), torch.float16
+    chosen = {}
+    for name, capability, hip in (("hopper", (9, 0), None), ("blackwell", (12, 0), None), ("amd", None, "6.2")):
+        monkeypatch.setattr(compat, "compute_capability", lambda device, capability=capability: capability)
+        monkeypatch.setattr(torch.version, "hip", hip)
+        widths = [kernels.plane_width(24, half, 8 * count, False, cpu) for count in (3, 5, 8)]
+        chosen[name] = widths, [kernels.most_warps(24, width, "", cpu) for width in (4, 8)]
+        assert kernels.plane_width(24, half, 40, True, cpu) == 4
+    held = 32 if compat.triton_has_tuples() else 8
+    assert chosen == {
+        "hopper": ([8, 8, 8], [held, held]),
+        "blackwell": ([8, 4, 4], [held, 8]),
+        "amd": ([8, 8, 4], [held, held]),
+    }
+    assert kernels.most_warps(64, 4, "in", cpu) == 8
+    monkeypatch.setattr(compat, "triton_has_tuples", lambda: False)
+    assert kernels.most_warps(8, 4, "", cpu) == 8

@@ -386,11 +386,13 @@ def plane_width(channels: int, dtype: torch.dtype, neighbours: int, has_valid: b
     """Return the channels of a group.
 
     Flags of eight take the last registers that many weights leave, and the compiler's code for compute capability 12
-    takes them without flags.
+    takes them without flags; that for AMD beside 64 weights.
     """
     width = tuning.plane_width(channels, dtype.itemsize)
-    crowded = has_valid or _is_capability_12(device)
-    return 4 if width == 8 and crowded and neighbours > 32 else width
+    most = 48 if torch.version.hip is not None else 64
+    if has_valid or _is_capability_12(device):
+        most = 32
+    return 4 if width == 8 and neighbours > most else width
 
 
 def most_warps(neighbours: int, width: int, planar: str, device: torch.device) -> int:
@@ -785,6 +787,13 @@ def _labels_schedule(
             )
 
 
+def _without_eight(width: int, dilations: tuple[int, ...]) -> tuple[str, ...]:
+    """Return the targets on which :func:`plane_width` takes no eight channels beside so many weights."""
+    if width < 8 or len(dilations) < 5:
+        return ()
+    return ("sm_120",) if len(dilations) < 7 else ("sm_120", "gfx942")
+
+
 def offline_cases() -> Iterator[tuning.OfflineCase]:
     """List the launches for compilation without a device."""
 
@@ -826,7 +835,7 @@ def offline_cases() -> Iterator[tuning.OfflineCase]:
             | constants,
             num_warps=config.num_warps,
             every_target=every_target or not constants or kernel != "propagate_fwd",
-            but_for=("gfx942",) if "PLANAR" in constants else ("sm_120",) if width == 8 and len(dilations) > 4 else (),
+            but_for=("gfx942",) if "PLANAR" in constants else _without_eight(width, dilations),
         )
 
     longest: dict[tuple[tuning.Config, int, bool], tuple[int, ...]] = {}
