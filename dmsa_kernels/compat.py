@@ -43,6 +43,11 @@ def triton_has_tuples() -> bool:
     return (triton_version() or OLDEST_TRITON) >= (3, 4)
 
 
+def triton_splits_in_registers() -> bool:
+    """Whether a kernel may load eight blocks at once and take them apart for free: from Triton 3.7 on."""
+    return (triton_version() or OLDEST_TRITON) >= (3, 7)
+
+
 def operator(
     schema: str,
     implementation: Callable[..., Any],

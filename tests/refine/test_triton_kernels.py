@@ -219,19 +219,31 @@ def test_labels_in_chunks_break_ties_and_let_nan_win(kernels, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("has_tuples", [True, False])
-def test_weights_held_and_read_again_are_the_same(kernels, monkeypatch, has_tuples):
-    """Before Triton 3.4 the kernel reads the weights for every group of channels, and takes no tuples."""
+@pytest.mark.parametrize(("has_tuples", "splits"), [(True, True), (True, False), (False, False)])
+def test_weights_held_and_read_again_are_the_same(kernels, monkeypatch, has_tuples, splits):
+    """Before Triton 3.7 a kernel reads one tap at a time; before 3.4, without tuples, it reads the weights again."""
     if has_tuples and not compat.triton_has_tuples():
         pytest.skip("this Triton has no tuples")
     monkeypatch.setattr(compat, "triton_has_tuples", lambda: has_tuples)
+    monkeypatch.setattr(compat, "triton_splits_in_registers", lambda: splits)
     assert kernels[1].holds_weights(16) == has_tuples
     plans.clear()
     weights = reference.local_affinity(rand(1, 3, 6, 7), [1, 2], fast=False, **constants(PAR))
     masks = rand(1, 5, 6, 7, seed=1)
     exact = reference.propagate(weights.double(), masks.double(), [1, 2], 2, None)
     low = eager.propagate(weights, masks, [1, 2], 2, None)
-    close(kernels[1].propagate(weights, masks, [1, 2], 2, None), exact, low, reach=2)
+    out = kernels[1].propagate(weights, masks, [1, 2], 2, None)
+    close(out, exact, low, reach=2)
+    if has_tuples:
+        monkeypatch.setattr(tuning, "MIN_PLANAR_BYTES", 0)
+        plans.clear()
+        assert torch.equal(kernels[1].propagate(weights, masks, [1, 2], 2, None), out)
+    grad = rand(1, 5, 6, 7, seed=2)
+    needed = {"need_weights": False, "need_masks": True}
+    found = kernels[2].propagate_backward(grad, weights, masks, [1, 2], 2, None, **needed)[1]
+    double = grad.double(), weights.double(), masks.double()
+    exact = reference.propagate_backward(*double, [1, 2], 2, None, **needed)[1]
+    close(found, exact, eager.propagate_backward(grad, weights, masks, [1, 2], 2, None, **needed)[1], reach=2)
 
 
 @pytest.mark.slow
@@ -392,6 +404,6 @@ def test_threads_without_room_take_fewer_channels_and_warps(monkeypatch):
         "blackwell": ([8, 4, 4], [held, 8]),
         "amd": ([8, 8, 4], [held, held]),
     }
-    assert kernels.most_warps(64, 4, "in", cpu) == 8
+    assert kernels.most_warps(64, 4, "in", cpu) == kernels.most_warps(56, 2, "", cpu) == 8
     monkeypatch.setattr(compat, "triton_has_tuples", lambda: False)
     assert kernels.most_warps(8, 4, "", cpu) == 8

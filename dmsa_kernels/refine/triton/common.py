@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dmsa_kernels import compat
+
 # Kernels index constant tuples as lists: the language takes an index of the tuple itself from Triton 3.4 on.
 # Row-major 3x3 order without the centre: tap j of dilation d is at (TAP_Y[j] * d, TAP_X[j] * d).
 TAP_Y = tl.constexpr((-1, -1, -1, 0, 0, 1, 1, 1))
@@ -31,9 +33,18 @@ def tap_offsets(o_tap, dilation):
 
 
 @triton.jit
-def eight_offsets(dilation):
-    """Return the offsets ``[8, 1]`` in y and x of a dilation's taps."""
-    return tap_offsets(tl.arange(0, 8)[:, None], dilation)
+def step_offsets(i, DILATIONS: tl.constexpr, TAPS: tl.constexpr):
+    """Return the offsets in y and x of step ``i``: a dilation's eight taps ``[8, 1]`` at a time, or one."""
+    if TAPS == 8:
+        return tap_offsets(tl.arange(0, 8)[:, None], list(DILATIONS)[i])
+    else:
+        return list(TAP_Y)[i % 8] * list(DILATIONS)[i // 8], list(TAP_X)[i % 8] * list(DILATIONS)[i // 8]
+
+
+@triton.jit
+def beside_taps(of_pixels, TAPS: tl.constexpr):
+    """Return ``[PIXELS]`` in the shape that meets a step's offsets."""
+    return of_pixels[None, :] if TAPS == 8 else of_pixels
 
 
 @triton.jit
@@ -66,28 +77,30 @@ def split_eight(eight):
 
 
 @triton.jit
-def add_eight(acc, weights, taps):
-    """Return ``acc + sum_i weights[i] taps[i]``, one after another.
-
-    Eight of each at a time: the compiler's passes take the square of the number of loads, or its cube.
+def add_taps(acc, weights, taps, TAPS: tl.constexpr):
+    """Return ``acc + sum_i weights[i] taps[i]`` over the taps of a step, one after another.
 
     Args:
         acc: ``[PIXELS]`` or ``[PIXELS, BLOCK_C]``.
-        weights: ``[8, PIXELS]``.
-        taps: ``[8, PIXELS]`` or ``[8, PIXELS, BLOCK_C]``.
+        weights: ``[8, PIXELS]``, or ``[PIXELS]`` for one tap.
+        taps: ``[8, PIXELS]`` or ``[8, PIXELS, BLOCK_C]``, or without the first dimension for one tap.
     """
-    if len(taps.shape) == 3:
-        weights = tl.broadcast_to(weights[:, :, None], taps.shape)
-    w_0, w_1, w_2, w_3, w_4, w_5, w_6, w_7 = split_eight(weights)
-    t_0, t_1, t_2, t_3, t_4, t_5, t_6, t_7 = split_eight(taps)
-    acc = tl.fma(w_0, t_0, acc)
-    acc = tl.fma(w_1, t_1, acc)
-    acc = tl.fma(w_2, t_2, acc)
-    acc = tl.fma(w_3, t_3, acc)
-    acc = tl.fma(w_4, t_4, acc)
-    acc = tl.fma(w_5, t_5, acc)
-    acc = tl.fma(w_6, t_6, acc)
-    return tl.fma(w_7, t_7, acc)
+    if len(acc.shape) == 2:
+        weights = tl.broadcast_to(tl.expand_dims(weights, -1), taps.shape)
+    if TAPS == 8:
+        w_0, w_1, w_2, w_3, w_4, w_5, w_6, w_7 = split_eight(weights)
+        t_0, t_1, t_2, t_3, t_4, t_5, t_6, t_7 = split_eight(taps)
+        acc = tl.fma(w_0, t_0, acc)
+        acc = tl.fma(w_1, t_1, acc)
+        acc = tl.fma(w_2, t_2, acc)
+        acc = tl.fma(w_3, t_3, acc)
+        acc = tl.fma(w_4, t_4, acc)
+        acc = tl.fma(w_5, t_5, acc)
+        acc = tl.fma(w_6, t_6, acc)
+        acc = tl.fma(w_7, t_7, acc)
+    else:
+        acc = tl.fma(weights, taps, acc)
+    return acc
 
 
 @triton.jit
@@ -96,6 +109,15 @@ def tile_rows(i_row, tiles_h, row_stride, BLOCK_H: tl.constexpr, o_row):
     first = i_row // row_stride * row_stride
     stride = tl.minimum(row_stride, tiles_h - first)
     return first * BLOCK_H + i_row - first + o_row * stride
+
+
+def taps_each() -> int:
+    """Return how many taps kernels read at a time, TAPS: a dilation's eight, or one.
+
+    The compiler's passes take the square of the number of loads. Before Triton 3.7 it splits eight by way of shared
+    memory.
+    """
+    return 8 if compat.triton_splits_in_registers() else 1
 
 
 def in_float32(constant: float) -> float:

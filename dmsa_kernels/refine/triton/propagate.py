@@ -24,13 +24,13 @@ from dmsa_kernels.refine.triton.common import (
     LAUNCH,
     NOTHING,
     OFFLINE_DILATIONS,
-    TAP_X,
-    TAP_Y,
-    add_eight,
+    add_taps,
+    beside_taps,
     clamped,
-    eight_offsets,
     needs_int64,
     reverse,
+    step_offsets,
+    taps_each,
     tile_rows,
 )
 
@@ -140,6 +140,7 @@ def propagate_fwd_kernel(
     HAS_VALID: tl.constexpr,
     HAS_ANCHOR: tl.constexpr,
     HOLD_WEIGHTS: tl.constexpr,
+    TAPS: tl.constexpr,  # read at a time: 8, or 1, and 1 unless weights are held
     ADJOINT: tl.constexpr,
     PLANAR: tl.constexpr,  # "in" the first iteration reads masks as they are, "out" the last writes them so, or ""
     INT64: tl.constexpr,
@@ -173,14 +174,17 @@ def propagate_fwd_kernel(
     plane = height * width
     p_weights = weights_ptr + i_n * stride_weights_n
 
+    r_y = beside_taps(o_y, TAPS)
+    r_x = beside_taps(o_x, TAPS)
+    r_pixel = beside_taps(m_pixel, TAPS)
     held = ()
     if HOLD_WEIGHTS:
-        for i in tl.static_range(len(DILATIONS)):
-            p_eight = (p_weights + (8 * i + tl.arange(0, 8)) * plane)[:, None]
-            dy, dx = eight_offsets(list(DILATIONS)[i])
-            # [8, PIXELS]
-            eight = load_weights(p_eight, o_y[None, :], o_x[None, :], dy, dx, m_pixel[None, :], height, width, ADJOINT)
-            held = held + (eight,)
+        for i in tl.static_range(8 * len(DILATIONS) // TAPS):
+            o_p = i * TAPS + tl.arange(0, TAPS)[:, None] if TAPS == 8 else i
+            dy, dx = step_offsets(i, DILATIONS, TAPS)
+            # [8, PIXELS] or [PIXELS]
+            weights = load_weights(p_weights + o_p * plane, r_y, r_x, dy, dx, r_pixel, height, width, ADJOINT)
+            held = held + (weights,)
 
     # a while loop: the interpreter of Triton 3.6 cannot take an argument as a range's bound under NumPy 2.4
     i_group = i_split * groups_each
@@ -195,7 +199,7 @@ def propagate_fwd_kernel(
         some = tl.max(m_c.to(tl.int32), axis=0) if HAS_VALID else 1
         # places that depend on the group are computed for every group: the compiler does not know that its number is
         # never negative
-        o_again = o_y + (i_group < 0).to(tl.int32) if AGAIN else o_y
+        again_y = r_y + (i_group < 0).to(tl.int32) if AGAIN else r_y
         if PLANAR == "in":
             # reads nothing, but gives the sums the layout of planes: their lanes need no way through shared memory
             p_none = out_ptr + ((o_plane + o_y * width + o_x) * BLOCK_C)[:, None] + o_lane[None, :]
@@ -209,41 +213,33 @@ def propagate_fwd_kernel(
                     p_masks = planes_ptr + i_n * stride_masks_n + i_c * stride_masks_c
                     # [PIXELS]
                     total = tl.zeros([PIXELS], dtype=tl.float32)
-                    for i in tl.static_range(len(DILATIONS)):
-                        dy, dx = eight_offsets(list(DILATIONS)[i])
-                        q_y, q_x = clamped(o_y[None, :], o_x[None, :], dy, dx, height, width)
-                        total = add_eight(total, held[i], tl.load(p_masks + q_y * stride_masks_h + q_x))
+                    for i in tl.static_range(8 * len(DILATIONS) // TAPS):
+                        dy, dx = step_offsets(i, DILATIONS, TAPS)
+                        q_y, q_x = clamped(r_y, r_x, dy, dx, height, width)
+                        total = add_taps(total, held[i], tl.load(p_masks + q_y * stride_masks_h + q_x), TAPS)
                     acc = tl.where((o_lane == lane)[None, :], total[:, None], acc)
                 lane += 1
         elif some > 0:
-            # a dilation's eight taps at a time, or one
-            for i in tl.static_range(len(DILATIONS) if HOLD_WEIGHTS else 8 * len(DILATIONS)):
-                if HOLD_WEIGHTS:
-                    dy, dx = eight_offsets(list(DILATIONS)[i])
-                else:
-                    dy = list(TAP_Y)[i % 8] * list(DILATIONS)[i // 8]
-                    dx = list(TAP_X)[i % 8] * list(DILATIONS)[i // 8]
-                r_y = o_again[None, :] if HOLD_WEIGHTS else o_again
-                r_x = o_x[None, :] if HOLD_WEIGHTS else o_x
+            for i in tl.static_range(8 * len(DILATIONS) // TAPS):
+                dy, dx = step_offsets(i, DILATIONS, TAPS)
                 if ADJOINT:
                     # masked: a tap outside the map has weight 0, and a NaN in its place would turn that into NaN
-                    q_y, q_x, m_taps = reverse(r_y, r_x, dy, dx, height, width)
+                    q_y, q_x, m_taps = reverse(again_y, r_x, dy, dx, height, width)
                 else:
                     # clamped, so inside the plane even for pixels outside the map: no mask needed
-                    q_y, q_x = clamped(r_y, r_x, dy, dx, height, width)
+                    q_y, q_x = clamped(again_y, r_x, dy, dx, height, width)
                 o_taps = (((i_n * groups + i_group) * height + q_y) * width + q_x) * BLOCK_C
                 p_taps = planes_ptr + tl.expand_dims(o_taps, -1) + o_lane
                 # [8, PIXELS, BLOCK_C] or [PIXELS, BLOCK_C]
                 taps = tl.load(p_taps, mask=tl.expand_dims(m_taps, -1), other=0.0) if ADJOINT else tl.load(p_taps)
                 if HOLD_WEIGHTS:
-                    acc = add_eight(acc, held[i], taps.to(tl.float32))
+                    weights = held[i]
                 else:
-                    # the transpose reads a weight where its tap is, with the same places
+                    # one tap at a time; the transpose reads its weight where the tap is, with the same places
                     p_tap = p_weights + i * plane
-                    w_y = r_y if ADJOINT else o_y
-                    # [PIXELS]
-                    weight = load_weights(p_tap, w_y, o_x, dy, dx, m_pixel, height, width, ADJOINT)
-                    acc = tl.fma(tl.broadcast_to(weight[:, None], [PIXELS, BLOCK_C]), taps.to(tl.float32), acc)
+                    w_y = again_y if ADJOINT else r_y
+                    weights = load_weights(p_tap, w_y, r_x, dy, dx, r_pixel, height, width, ADJOINT)
+                acc = add_taps(acc, weights, taps.to(tl.float32), TAPS)
             if ADJOINT:
                 o_border = (i_n * groups + i_group) * 2
                 for side in tl.static_range(2):
@@ -398,11 +394,13 @@ def plane_width(channels: int, dtype: torch.dtype, neighbours: int, has_valid: b
 def most_warps(neighbours: int, width: int, planar: str, device: torch.device) -> int:
     """Return the most warps of a program in which a thread has the registers that an iteration takes.
 
-    Read off the offline compiler (``python -m benchmarks.modelling.spills``): with 16 warps, what a single channel
-    takes spills, and so do weights that are read again, and eight channels on compute capability 12.
+    Read off the offline compiler (``python -m benchmarks.modelling.spills``). With 16 warps spill: what a single
+    channel takes beside many weights, two channels beside more than 48, eight on compute capability 12 beside more than
+    16, and weights that are read again.
     """
-    eight = width == 8 and neighbours > 16 and _is_capability_12(device)
-    return 8 if eight or not holds_weights(neighbours) or (planar and neighbours > 48) else 32
+    single = neighbours > 48 and (width == 2 or planar != "")
+    eight = neighbours > 16 and width == 8 and _is_capability_12(device)
+    return 8 if single or eight or not holds_weights(neighbours) else 32
 
 
 def _is_capability_12(device: torch.device) -> bool:
@@ -602,6 +600,7 @@ def step(
         HAS_VALID=valid is not None,
         HAS_ANCHOR=anchor is not None,
         HOLD_WEIGHTS=holds_weights(neighbours),
+        TAPS=taps_each() if holds_weights(neighbours) else 1,
         ADJOINT=borders is not None,
         PLANAR=planar,
         INT64=needs_int64(planes, weights, out),
@@ -825,6 +824,7 @@ def offline_cases() -> Iterator[tuning.OfflineCase]:
                 "HAS_VALID": False,
                 "HAS_ANCHOR": False,
                 "HOLD_WEIGHTS": holds_weights(8 * len(dilations)),
+                "TAPS": taps_each() if holds_weights(8 * len(dilations)) else 1,
                 "ADJOINT": False,
                 "PLANAR": "",
                 "INT64": False,

@@ -25,10 +25,12 @@ from dmsa_kernels.backend import wants_resident
 from dmsa_kernels.refine.triton.common import (
     LAUNCH,
     OFFLINE_DILATIONS,
-    add_eight,
+    add_taps,
+    beside_taps,
     clamped,
-    eight_offsets,
     needs_int64,
+    step_offsets,
+    taps_each,
     tile_rows,
 )
 
@@ -152,6 +154,7 @@ def propagate_resident_kernel(
     DILATIONS: tl.constexpr,
     HAS_VALID: tl.constexpr,
     HAS_ANCHOR: tl.constexpr,
+    TAPS: tl.constexpr,  # as of propagate_fwd_kernel
     BLOCK_C: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_W: tl.constexpr,
@@ -174,11 +177,14 @@ def propagate_resident_kernel(
     i_n = i_job // splits
     first_group = (i_job % splits) * groups_each
     p_weights = weights_ptr + i_n * stride_weights_n
+    r_y = beside_taps(o_y, TAPS)
+    r_x = beside_taps(o_x, TAPS)
     held = ()
-    for i in tl.static_range(len(DILATIONS)):
-        p_eight = (p_weights + (8 * i + tl.arange(0, 8)) * plane)[:, None] + (o_y * width + o_x)[None, :]
-        # [8, PIXELS]
-        held = held + (tl.load(p_eight, mask=m_pixel[None, :], other=0.0).to(tl.float32),)
+    for i in tl.static_range(8 * len(DILATIONS) // TAPS):
+        o_p = i * TAPS + tl.arange(0, TAPS)[:, None] if TAPS == 8 else i
+        p_step = p_weights + o_p * plane + (r_y * width + r_x)
+        # [8, PIXELS] or [PIXELS]
+        held = held + (tl.load(p_step, mask=beside_taps(m_pixel, TAPS), other=0.0).to(tl.float32),)
     if HAS_ANCHOR:
         # [PIXELS]
         anchor = tl.load(anchor_ptr + i_n * plane + o_y * width + o_x, mask=m_pixel, other=0.0)
@@ -199,15 +205,15 @@ def propagate_resident_kernel(
             o_plane = (i_n * groups + i_group) * plane
             acc = tl.zeros([PIXELS, BLOCK_C], dtype=tl.float32)
             if some > 0:
-                for i in tl.static_range(len(DILATIONS)):
+                for i in tl.static_range(8 * len(DILATIONS) // TAPS):
                     # clamped, so inside the plane even for pixels outside the map: no mask needed
-                    dy, dx = eight_offsets(list(DILATIONS)[i])
-                    q_y, q_x = clamped(o_y[None, :], o_x[None, :], dy, dx, height, width)
+                    dy, dx = step_offsets(i, DILATIONS, TAPS)
+                    q_y, q_x = clamped(r_y, r_x, dy, dx, height, width)
                     # the row in the pointer: the compiler would compute one offset a tap before the loops and keep all
-                    p_rows = source + ((o_plane + q_y * width) * BLOCK_C)[:, :, None] + o_lane[None, None, :]
-                    # [8, PIXELS, BLOCK_C]
-                    taps = tl.load(p_rows + (q_x * BLOCK_C)[:, :, None])
-                    acc = add_eight(acc, held[i], taps.to(tl.float32))
+                    p_rows = source + tl.expand_dims((o_plane + q_y * width) * BLOCK_C, -1) + o_lane
+                    # [8, PIXELS, BLOCK_C] or [PIXELS, BLOCK_C]
+                    taps = tl.load(p_rows + tl.expand_dims(q_x * BLOCK_C, -1))
+                    acc = add_taps(acc, held[i], taps.to(tl.float32), TAPS)
             o_out = (o_plane + o_y * width + o_x) * BLOCK_C
             m_out = (o_y < height * some) & (o_x < width)
             if HAS_ANCHOR:
@@ -337,6 +343,7 @@ def launch(
             DILATIONS=dilations,
             HAS_VALID=valid is not None,
             HAS_ANCHOR=anchor is not None,
+            TAPS=taps_each(),
             BLOCK_C=width,
             BLOCK_H=config.block_h,
             BLOCK_W=config.block_w,
@@ -383,6 +390,7 @@ def offline_cases() -> Iterator[tuning.OfflineCase]:
                 "DILATIONS": dilations,
                 "HAS_VALID": False,
                 "HAS_ANCHOR": False,
+                "TAPS": taps_each(),
                 "BLOCK_C": width,
                 "BLOCK_H": config.block_h,
                 "BLOCK_W": config.block_w,
