@@ -50,7 +50,7 @@ def compile_with(version: str) -> list[dict]:
         done = subprocess.run(
             [*command, "--targets", *TARGETS], cwd=ROOT, env=environment, capture_output=True, text=True
         )
-    reports = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    reports = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"case"')]
     if not reports:
         raise RuntimeError(f"triton {version}: nothing was compiled\n{done.stderr[-2000:]}")
     return reports

@@ -81,7 +81,7 @@ def _tile_of_map(
     else:
         # Four channels a lane: eight 16-bit ones, as the compiler would choose, are 32 bytes of float32 filters, which
         # adjacent lanes load in two halves.
-        o_block = tl.max_contiguous(o_block, min(4, BLOCK_C))
+        o_block = tl.max_contiguous(o_block, 4 if BLOCK_C > 4 else BLOCK_C)
         return map_ptr, _map_offsets(row, col, i_c * BLOCK_C + o_block, stride_h, stride_w, stride_c, WIDE)
 
 
