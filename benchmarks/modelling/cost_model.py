@@ -25,7 +25,7 @@ from benchmarks.measuring.results import RESULTS, Result, number, read_csv, resu
 from benchmarks.modelling import gpus
 from benchmarks.modelling.fit import fit, measured
 from benchmarks.modelling.gpus import Gpu
-from benchmarks.reporting.tables import replace_between
+from benchmarks.reporting.tables import renew
 from dmsa.scoring.table import markdown
 from dmsa_kernels import tuning
 
@@ -465,14 +465,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not (arguments.write or arguments.check):
         print(text)
         return 0
-    before = arguments.notes.read_text(encoding="utf-8")
-    after = replace_between(before, text, "NOTES.md", (BEGIN, END))
-    if arguments.check:
-        if before != after:
-            print("NOTES.md is not what the results give: run python -m benchmarks.modelling.cost_model --write")
-        return int(before != after)
-    arguments.notes.write_text(after, encoding="utf-8")
-    return 0
+    return renew(
+        arguments.notes, text, (BEGIN, END), "python -m benchmarks.modelling.cost_model --write", check=arguments.check
+    )
 
 
 if __name__ == "__main__":

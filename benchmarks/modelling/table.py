@@ -16,7 +16,7 @@ from pathlib import Path
 from benchmarks.measuring.results import RESULTS
 from benchmarks.modelling import gpus
 from benchmarks.modelling.cost_model import NOTES
-from benchmarks.reporting.tables import replace_between
+from benchmarks.reporting.tables import renew
 
 FILE = RESULTS / "predicted.csv"
 BEGIN, END = "<!-- predictions:begin -->", "<!-- predictions:end -->"
@@ -113,14 +113,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not (arguments.predict or arguments.write or arguments.check):
         print(text)
         return 0
-    before = arguments.notes.read_text(encoding="utf-8")
-    after = replace_between(before, text, "NOTES.md", (BEGIN, END))
-    if arguments.check:
-        if before != after:
-            print("NOTES.md is not what the predictions give: run python -m benchmarks.modelling.table --write")
-        return int(before != after)
-    arguments.notes.write_text(after, encoding="utf-8")
-    return 0
+    return renew(
+        arguments.notes, text, (BEGIN, END), "python -m benchmarks.modelling.table --write", check=arguments.check
+    )
 
 
 if __name__ == "__main__":

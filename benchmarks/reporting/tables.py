@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from benchmarks.measuring.results import Result, human_bytes, number
 from dmsa.scoring.table import markdown
@@ -147,3 +148,23 @@ def replace_between(text: str, section: str, where: str = "README.md", markers: 
     if begin < 0 or end < begin:
         raise ValueError(f"{where} must hold the lines {first} and {last}, in this order, where the tables belong")
     return text[: begin + len(first)] + "\n" + section.rstrip() + "\n" + text[end:]
+
+
+def renew(path: Path, section: str, markers: tuple[str, str], command: str, *, check: bool) -> int:
+    """Put ``section`` between the markers of a file; return the exit status.
+
+    Args:
+        path: the file.
+        section: what belongs there.
+        markers: the lines before and behind it.
+        command: what writes the section, named if it is out of date.
+        check: write nothing; the status is 1 if it is out of date.
+    """
+    before = path.read_text(encoding="utf-8")
+    after = replace_between(before, section, path.name, markers)
+    if not check:
+        path.write_text(after, encoding="utf-8")
+    elif before != after:
+        print(f"{path.name} is not up to date: run {command}")
+        return 1
+    return 0
