@@ -386,6 +386,7 @@ def plan_resident(
     height: int,
     columns: int,
     num_iter: int,
+    most_warps: int = 32,
 ) -> Resident | str:
     """Return how to launch all iterations on ``count`` images ``[groups, height, columns, width]``, or why not.
 
@@ -403,11 +404,13 @@ def plan_resident(
         height: rows.
         columns: columns.
         num_iter: iterations, at least 2.
+        most_warps: of a program.
     """
     neighbours = 8 * len(dilations)
     weights = _clocks(neighbours, 0, 0.0, neighbours / width)
     best, least, fewest = None, float("inf"), 0
-    for config in configs("propagate_resident", neighbours=neighbours, width=width):
+    found = configs("propagate_resident", neighbours=neighbours, width=width)
+    for config in (config for config in found if config.num_warps <= most_warps):
         tiles = -(-height // config.block_h) * -(-columns // config.block_w)
         fewest = min(fewest or tiles, tiles)
         if tiles > programs:

@@ -217,11 +217,16 @@ def test_what_is_not_launched_together(kernels, monkeypatch):
     resident = kernels[2]
     monkeypatch.setattr(compat, "cooperative_programs", lambda device: 132)
 
-    def choice(planes=(1, 3, 64, 64, 1), dilations=(1, 7), num_iter=5):
+    def choice(planes=(1, 3, 64, 64, 1), dilations=(1, 7), num_iter=5, has_valid=False):
         weights = torch.empty(planes[0], 8 * len(dilations), *planes[2:4], device="meta")
-        return resident.choose(torch.device("meta"), planes, weights, dilations, num_iter)
+        return resident.choose(torch.device("meta"), planes, weights, dilations, num_iter, has_valid)
 
     assert isinstance(choice(), tuning.Resident)
+    large = {"planes": (16, 1, 64, 64, 4), "dilations": (1, 2, 4, 8, 12, 24)}
+    for capability, warps in (((9, 0), 16), ((10, 0), 8)):
+        monkeypatch.setattr(compat, "compute_capability", lambda device, capability=capability: capability)
+        assert choice(**large).config.num_warps == 16
+        assert choice(**large, has_valid=True).config.num_warps == warps
     assert "two iterations" in choice(num_iter=1)
     assert "registers" in choice(dilations=tuple(range(1, 10)))
     assert "32 bits" in choice(planes=(30_000, 3, 64, 64, 1), num_iter=8)

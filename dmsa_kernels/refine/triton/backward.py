@@ -570,7 +570,7 @@ def _propagate_schedule(
             planes = slices(all_planes, shape)
             propagate.copy(trace, part, planes[0], valid, pack=True)
             again = (weights, dilations, num_iter - 1)
-            whole = resident.choose(trace.device, shape, *again) if together else None
+            whole = resident.choose(trace.device, shape, *again, valid is not None) if together else None
             if isinstance(whole, tuning.Resident):
                 resident.launch(trace, whole, planes[0], planes[1:-1], planes[-1], *again, count, valid, anchor)
             else:

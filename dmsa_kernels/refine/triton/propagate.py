@@ -498,7 +498,8 @@ def iterate(
     count, channels, rows, columns = masks.shape
     shape = (count, triton.cdiv(channels, width), rows, columns, width)
     launch = functools.partial(step, trace, dilations=dilations, channels=channels, valid=valid)
-    whole = resident.choose(trace.device, shape, weights, dilations, num_iter) if together else ""
+    asked = (weights, dilations, num_iter, valid is not None)
+    whole = resident.choose(trace.device, shape, *asked) if together else ""
     one_by_one = isinstance(whole, str)
     planar = one_by_one and valid is None and anchor is None and num_iter > 1 and reads_planar(masks, shape, weights)
     planar_out = planar and out is not None and out.stride(3) == 1

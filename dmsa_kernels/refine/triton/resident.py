@@ -234,7 +234,12 @@ def propagate_resident_kernel(
 
 
 def choose(
-    device: torch.device, shape: Sequence[int], weights: Tensor, dilations: tuple[int, ...], num_iter: int
+    device: torch.device,
+    shape: Sequence[int],
+    weights: Tensor,
+    dilations: tuple[int, ...],
+    num_iter: int,
+    has_valid: bool = False,
 ) -> tuning.Resident | str:
     """Return how to launch all iterations together, or why not.
 
@@ -244,6 +249,7 @@ def choose(
         weights: ``[n, P, H, W]``.
         dilations: D dilations.
         num_iter: T.
+        has_valid: whether there are flags.
     """
     count, groups, height, columns, width = shape
     programs = compat.cooperative_programs(device)
@@ -255,7 +261,10 @@ def choose(
         return f"the weights of {8 * len(dilations)} neighbours do not fit into a thread's registers"
     if math.prod(shape) * num_iter > _INT32_MAX or needs_int64(weights):
         return "offsets leave 32 bits"
-    return tuning.plan_resident(programs, dilations, width, count, groups, height, columns, num_iter)
+    # read off the compiler: flags beside so many weights spill with 16 warps on compute capability 10
+    crowded = has_valid and len(dilations) > 4 and (compat.compute_capability(device) or (0,))[0] == 10
+    most_warps = 8 if crowded else 32
+    return tuning.plan_resident(programs, dilations, width, count, groups, height, columns, num_iter, most_warps)
 
 
 def options(config: tuning.Config) -> dict[str, object]:
