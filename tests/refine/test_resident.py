@@ -47,7 +47,7 @@ def together(kernels, monkeypatch):
     monkeypatch.setattr(resident, "PATIENCE", 100_000)
 
     def run(call, *, groups_each=None, teams=2, row_stride=2, **how):
-        def plan(programs, dilations, width, count, groups, height, columns, num_iter):
+        def plan(programs, dilations, width, count, groups, height, columns, num_iter, most_warps):
             assert programs == 64
             return tuning.Resident(SMALL, row_stride, groups_each or groups, teams)
 
