@@ -392,7 +392,12 @@ def test_threads_without_room_take_fewer_channels_and_warps(monkeypatch):
 
     cpu, half = torch.device("cpu"), torch.float16
     chosen = {}
-    for name, capability, hip in (("hopper", (9, 0), None), ("blackwell", (12, 0), None), ("amd", None, "6.2")):
+    for name, capability, hip in (
+        ("hopper", (9, 0), None),
+        ("ada", (8, 9), None),
+        ("blackwell", (12, 0), None),
+        ("amd", None, "6.2"),
+    ):
         monkeypatch.setattr(compat, "compute_capability", lambda device, capability=capability: capability)
         monkeypatch.setattr(torch.version, "hip", hip)
         widths = [kernels.plane_width(24, half, 8 * count, False, cpu) for count in (3, 5, 8)]
@@ -401,6 +406,7 @@ def test_threads_without_room_take_fewer_channels_and_warps(monkeypatch):
     held = 32 if compat.triton_has_tuples() else 8
     assert chosen == {
         "hopper": ([8, 8, 8], [held, held]),
+        "ada": ([8, 8, 8], [held, 8]),
         "blackwell": ([8, 4, 4], [held, 8]),
         "amd": ([8, 8, 4], [held, held]),
     }

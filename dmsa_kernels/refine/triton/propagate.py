@@ -395,11 +395,12 @@ def most_warps(neighbours: int, width: int, planar: str, device: torch.device) -
     """Return the most warps of a program in which a thread has the registers that an iteration takes.
 
     Read off the offline compiler (``python -m benchmarks.modelling.spills``). With 16 warps spill: what a single
-    channel takes beside many weights, two channels beside more than 48, eight on compute capability 12 beside more than
-    16, and weights that are read again.
+    channel takes beside many weights, two channels beside more than 48, eight beside more than 16 but on compute
+    capability 8.0, 9.0 and 10.0, and weights that are read again.
     """
     single = neighbours > 48 and (width == 2 or planar != "")
-    eight = neighbours > 16 and width == 8 and _is_capability_12(device)
+    roomy = compat.compute_capability(device) in (None, (8, 0), (9, 0), (10, 0))
+    eight = neighbours > 16 and width == 8 and not roomy
     return 8 if single or eight or not holds_weights(neighbours) else 32
 
 
