@@ -338,3 +338,30 @@ def test_one_launch_for_all_iterations_over_the_stub(environment):
     assert last.startswith("RuntimeError: the driver refuses"), run.stderr[-4000:]
     assert "too many blocks in cooperative launch" in last
     assert "DMSA_RESIDENT" in last
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_compile_times_of_a_first_call_add_up(environment):
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "benchmarks.modelling.compiling",
+        "--dilations",
+        "2",
+        "--classes",
+        "2",
+    ]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert run.returncode == 0, run.stderr
+    lines = [(float(line.split()[0]), line[8:]) for line in run.stdout.splitlines()]
+    totals = {name: seconds for seconds, name in lines if not name.endswith("_kernel")}
+    kernels = [name for _, name in lines if name.endswith("_kernel")]
+    assert {"local_affinity_fwd_kernel", "propagate_fwd_kernel", "propagate_bwd_border_kernel"} <= set(kernels)
+    # the backward pass' softmax comes from the forward pass' kernel
+    assert kernels.count("local_affinity_fwd_kernel") == 1
+    forward, gradients, together = totals.values()
+    assert together == pytest.approx(forward + gradients, abs=0.02)
+    assert 0 < sum(seconds for seconds, name in lines if name in kernels) <= together + 0.1
